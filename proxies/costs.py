@@ -1,0 +1,101 @@
+"""What a bit vector costs: bytes, average bits, bit operations. All exact, all before training.
+
+Costs add up over layers, which is what lets a knapsack solver handle them. Whole numbers are kept
+as Python integers, so that a budget is met or not without rounding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from adq.quant.export.packed import input_bytes, rest_bytes, weight_bytes
+from adq.quant.layers import LayerInfo
+from adq.quant.spec import FP32_BITS, BitVector
+
+COST_NAMES = ("average_bits", "size_bytes", "bops")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of one bit vector.
+
+    average_bits           Σ n_l·b_l / Σ n_l over the weights of all quantized layers
+    average_bits_searched  the same over the layers whose bits were free, the pinned ones left out
+    average_act_bits       input bits weighted by MACs, over all quantized layers (FP32 counts 32)
+    size_bytes             tensor bytes of the packed file: codes, codebooks, scales, thresholds,
+                           and everything that stays in FP32
+    bops                   Σ MACs_l · b_l · a_l per sample (an FP32 input counts 32 bits)
+    latency_s              seconds per sample on a device; None where no latency model was given
+    """
+
+    average_bits: float
+    average_bits_searched: float
+    average_act_bits: float
+    size_bytes: int
+    bops: int
+    latency_s: float | None = None
+
+
+class CostModel:
+    """Costs of bit vectors over a traced model.
+
+    `searched` names the layers whose bits are free; it matters for one of the averages only.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[LayerInfo], searched: Sequence[str]
+    ) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.searched = frozenset(searched)
+        self.fixed_bytes = rest_bytes(model, set(self.layers))
+        self.weight_numel = sum(layer.weight_numel for layer in layers)
+
+    def layer_terms(self, name: str, weight: int, act: int | None) -> dict[str, int]:
+        """One layer's share of each cost, as integers: `average_bits` in total bits of weights."""
+        layer = self.layers[name]
+        return {
+            "average_bits": layer.weight_numel * weight,
+            "size_bytes": weight_bytes(layer.weight_numel, layer.out_channels, weight)
+            + input_bytes(act),
+            "bops": layer.macs * weight * (FP32_BITS if act is None else act),
+        }
+
+    def limits(self, budget: Mapping[str, float]) -> dict[str, int]:
+        """Limits on Σ layer_terms that say the same as `budget`, cost name -> limit.
+
+        A limit is the largest whole number that keeps the cost at or below the budget; one part
+        in 10⁹ is allowed for, so that 2.8 bits of 1000 weights are 2800 in binary as well.
+        """
+        out = {}
+        for name, value in budget.items():
+            total = value * self.weight_numel if name == "average_bits" else value
+            if name == "size_bytes":
+                total -= self.fixed_bytes
+            out[name] = int(total + 1e-9 * max(1.0, abs(total)))
+        return out
+
+    def totals(self, bits: BitVector) -> dict[str, int]:
+        """Σ layer_terms of a bit vector that names every layer."""
+        totals = dict.fromkeys(COST_NAMES, 0)
+        for name in self.layers:
+            for cost, term in self.layer_terms(name, bits.weight[name], bits.act.get(name)).items():
+                totals[cost] += term
+        return totals
+
+    def costs(self, bits: BitVector) -> Costs:
+        totals = self.totals(bits)
+        searched = [self.layers[name] for name in self.layers if name in self.searched]
+        searched_bits = sum(layer.weight_numel * bits.weight[layer.name] for layer in searched)
+        searched_numel = sum(layer.weight_numel for layer in searched)
+        macs = sum(layer.macs for layer in self.layers.values())
+        act_bits = sum(
+            layer.macs * bits.act.get(layer.name, FP32_BITS) for layer in self.layers.values()
+        )
+        return Costs(
+            average_bits=totals["average_bits"] / self.weight_numel,
+            average_bits_searched=searched_bits / searched_numel,
+            average_act_bits=act_bits / macs,
+            size_bytes=totals["size_bytes"] + self.fixed_bytes,
+            bops=totals["bops"],
+        )

@@ -1,0 +1,97 @@
+"""Activation quantization with learned, non-uniform thresholds and uniform output levels (N2UQ).
+
+Notation: `n = 2^bits − 1` segments with widths `a_1..a_n`, start `s`, zero point `z`, output scale
+`σ`. Knots `b_0 = s`, `b_i = b_{i−1} + a_i`; thresholds in the middle of the segments,
+`T_i = (b_{i−1} + b_i)/2`, that is `T_1 = s + a_1/2` and `T_i = T_{i−1} + (a_{i−1} + a_i)/2`.
+The code of x is `q = i` for `T_i <= x < T_{i+1}`, an integer in 0..n, and `x̂ = σ·(q − z)`.
+
+Source: Liu et al., Nonuniform-to-Uniform Quantization, CVPR 2022 (arXiv 2111.14826), eq. 3 to 9.
+There the output interval is Δ = 2/n; here Δ is folded into the scales, so that a code is a plain
+integer and a width of 1 means "as wide as the output step" at every bit-width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def thresholds(start: Tensor, widths: Tensor) -> Tensor:
+    """T_1..T_n, shape (n,)."""
+    knots = start + torch.cat([widths.new_zeros(1), widths.cumsum(0)])
+    return (knots[1:] + knots[:-1]) / 2
+
+
+class _Code(torch.autograd.Function):
+    """x -> q, differentiated as the piecewise linear curve through the knots (b_i, i).
+
+    Inside segment i the curve is g(x) = i − 1 + (x − b_{i−1})/a_i, with b_{i−1} = s + Σ_{j<i} a_j:
+        ∂g/∂x = 1/a_i,   ∂g/∂s = −1/a_i,   ∂g/∂a_i = −(x − b_{i−1})/a_i²,   ∂g/∂a_j = −1/a_i (j < i)
+    and outside the knots every derivative is 0 (N2UQ eq. 9, the generalised straight-through
+    estimator).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: Tensor, widths: Tensor) -> Tensor:
+        x = x.contiguous()
+        knots = start + torch.cat([widths.new_zeros(1), widths.cumsum(0)])
+        # b_0, T_1, b_1, T_2, ..., b_n: one search finds both the code and the segment
+        middles = (knots[1:] + knots[:-1]) / 2
+        edges = torch.cat([torch.stack([knots[:-1], middles], dim=1).flatten(), knots[-1:]])
+        place = torch.bucketize(x, edges, right=True, out_int32=True)
+        ctx.save_for_backward(x, knots, widths, place)
+        return (place >> 1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad = grads[0].contiguous()
+        x, knots, widths, place = ctx.saved_tensors
+        n = widths.numel()
+        # 0 below the first knot, i inside segment i, n + 1 from the last knot on
+        segment = (place + 1) >> 1
+        zero = widths.new_zeros(1)
+        slopes = torch.cat([zero, 1 / widths, zero])
+        grad_x = grad * slopes[segment]
+
+        left = torch.cat([zero, knots])[segment]
+        flat = segment.flatten()
+        slope_sums = torch.bincount(flat, grad_x.flatten().double(), minlength=n + 2)[1:-1]
+        offsets = (grad_x * (x - left)).flatten().double()
+        offset_sums = torch.bincount(flat, offsets, minlength=n + 2)[1:-1]
+        after = slope_sums.flip(0).cumsum(0).flip(0) - slope_sums
+        grad_widths = (-offset_sums / widths - after).to(widths.dtype)
+        grad_start = -slope_sums.sum().to(widths.dtype).reshape(1)
+        return grad_x, grad_start, grad_widths
+
+
+def fake_quantize(
+    x: Tensor, start: Tensor, widths: Tensor, output_scale: Tensor, zero_point: Tensor
+) -> Tensor:
+    """x̂ = σ·(q(x) − z); gradients to x, start, widths and the output scale.
+
+    Shapes: x any, start (1,), widths (2^bits − 1,) all positive, output_scale (1,),
+    zero_point (1,), a whole number.
+    """
+    code: Tensor = _Code.apply(x, start, widths)
+    return output_scale * (code - zero_point)
+
+
+def fit_range(values: Tensor, bits: int, candidates: int = 50) -> tuple[float, int]:
+    """(step, zero_point) of the grid step·(q − z), q in 0..2^bits−1, of least squared error.
+
+    The range [min, max] of the values, widened to hold zero, is shrunk in `candidates` equal
+    steps; the best fraction wins. Values that are never negative get zero_point 0 (unsigned).
+    """
+    n = 2**bits - 1
+    values = values.detach().flatten().float()
+    low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+    if low == high:
+        return 1.0, 0
+    best = (float("inf"), 1.0, 0)
+    for i in range(candidates, 0, -1):
+        step = (high - low) * i / candidates / n
+        zero_point = round(-low * i / candidates / step)
+        grid = (values / step + zero_point).round().clamp(0, n)
+        error = ((grid - zero_point) * step - values).square().mean().item()
+        best = min(best, (error, step, zero_point))
+    return best[1], best[2]

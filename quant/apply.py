@@ -1,0 +1,158 @@
+"""Put a bit vector on a model, and take it off.
+
+Weights are quantized by `torch.nn.utils.parametrize`: the layer keeps its class, its name and its
+`weight` attribute, so that any code which reads `layer.weight` (a functional attention, a weight
+norm, a user's own forward) sees the quantized one, and the FP32 weight is one call away. Inputs
+are quantized by a forward pre-hook over a submodule, so that its state is in the state dict.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from adq.quant.activation import fit_range
+from adq.quant.batches import Batches
+from adq.quant.calibrate import input_samples
+from adq.quant.codebook import Initialisation
+from adq.quant.errors import InputError
+from adq.quant.layers import QUANTIZABLE
+from adq.quant.modules import ActivationQuantizer, WeightQuantizer
+from adq.quant.spec import BitVector
+
+INPUT_QUANTIZER = "input_quantizer"
+
+
+def quantize(
+    model: nn.Module,
+    bits: BitVector | Mapping[str, int] | str | Path,
+    batches: Batches | None = None,
+    *,
+    init: Initialisation = "quantile-lloyd",
+) -> nn.Module:
+    """A copy of `model` that computes with the given bits and can be trained further.
+
+    `bits` is a bit vector, a mapping from layer name to weight bits, or the path of a bit-vector
+    file. `batches` (inputs, targets) calibrate the input ranges and are needed when `bits` has
+    activation bits. Call `update_codebooks(model)` after each optimiser step while training.
+
+    Raises InputError for a layer that the model has not, or that cannot be quantized.
+    """
+    if isinstance(bits, str | Path):
+        bits = BitVector.load(bits)
+    elif not isinstance(bits, BitVector):
+        bits = BitVector(dict(bits))
+    return quantize_(copy.deepcopy(model), bits, batches, init=init)
+
+
+def quantize_(
+    model: nn.Module,
+    bits: BitVector,
+    batches: Batches | None = None,
+    *,
+    init: Initialisation = "quantile-lloyd",
+) -> nn.Module:
+    """`quantize`, changing `model` itself; a model that cannot be quantized is left as it was."""
+    layers = {name: _layer(model, name) for name in bits.weight}
+    if bits.act and batches is None:
+        raise InputError("activation bits need batches to calibrate the input ranges: none given")
+    ranges = {}
+    if bits.act and batches is not None:
+        samples = input_samples(model, list(bits.act), batches)
+        ranges = {name: fit_range(samples[name], b) for name, b in bits.act.items()}
+    for name, layer in layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        parametrize.register_parametrization(
+            layer, "weight", WeightQuantizer(weight, bits.weight[name], init)
+        )
+        if name in ranges:
+            quantizer = ActivationQuantizer(bits.act[name], *ranges[name]).to(weight.device)
+            attach_input_quantizer(layer, quantizer)
+    return model
+
+
+def dequantize_(model: nn.Module, *, keep_quantized_weights: bool = False) -> nn.Module:
+    """Take every quantizer off; weights are the FP32 ones again, or stay at their levels."""
+    for _, layer in quantized_layers(model):
+        parametrize.remove_parametrizations(
+            layer, "weight", leave_parametrized=keep_quantized_weights
+        )
+        if hasattr(layer, INPUT_QUANTIZER):
+            handle = layer._adq_input_hook
+            handle.remove()  # type: ignore[operator, union-attr]
+            del layer._adq_input_hook
+            delattr(layer, INPUT_QUANTIZER)
+    return model
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer whose weight is quantized."""
+    for name, module in list(model.named_modules()):
+        if weight_quantizer(module) is not None:
+            yield name, module
+
+
+def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    quantizer = layer.parametrizations["weight"][0]  # type: ignore[index]
+    return quantizer if isinstance(quantizer, WeightQuantizer) else None
+
+
+def original_weight(layer: nn.Module) -> Tensor:
+    """The FP32 weight under the quantizer."""
+    return layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
+
+
+def bits_of(model: nn.Module) -> BitVector:
+    """The bit vector that is on the model."""
+    weight, act = {}, {}
+    for name, layer in quantized_layers(model):
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        weight[name] = quantizer.bits
+        if hasattr(layer, INPUT_QUANTIZER):
+            act[name] = layer.input_quantizer.bits  # type: ignore[union-attr, assignment]
+    return BitVector(weight, act)
+
+
+def update_codebooks(model: nn.Module, decay: float = 0.99) -> None:
+    """One moving-average step of every codebook towards its layer's present weights.
+
+    An explicit call, once after each optimiser step: how often a forward pass reads the weight
+    must not matter, and ranks with equal weights keep equal codebooks without communication.
+    """
+    for _, layer in quantized_layers(model):
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        quantizer.update(original_weight(layer), decay)
+
+
+def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:
+    layer.add_module(INPUT_QUANTIZER, quantizer)
+    layer._adq_input_hook = layer.register_forward_pre_hook(_quantize_input)  # type: ignore[assignment]
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.input_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(
+            f"bit vector names layer {name!r}, which {type(model).__name__} does not have"
+        ) from None
+    if parametrize.is_parametrized(layer, "weight"):
+        raise InputError(
+            f"layer {name!r} is quantized or parametrized already: give the plain FP32 model"
+        )
+    if not isinstance(layer, QUANTIZABLE):
+        kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
+        raise InputError(f"layer {name!r} is a {type(layer).__name__}; quantizable are {kinds}")
+    return layer

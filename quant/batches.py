@@ -1,0 +1,100 @@
+"""What this package asks of data: batches of inputs and targets, and a seeded random state."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Any, Any]
+"""(inputs, targets): inputs are a tensor, or a tuple of tensors for models that take several."""
+
+Batches = Iterable[Batch]
+"""Something that can be iterated again and again: a DataLoader, a list of batches."""
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """The tensor whose first dimension is the batch."""
+    tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected a batch's inputs to be tensors, got {type(tensor).__name__}")
+    return tensor
+
+
+def batch_size(batch: Batch) -> int:
+    return first_tensor(batch[0]).shape[0]
+
+
+def take_samples(batches: Batches, samples: int) -> list[Batch]:
+    """The leading batches, until at least `samples` samples are there (the last one cut)."""
+    taken: list[Batch] = []
+    missing = samples
+    for inputs, targets in batches:
+        n = batch_size((inputs, targets))
+        if n > missing:
+            inputs, targets = _head(inputs, missing), _head(targets, missing)
+        taken.append((inputs, targets))
+        missing -= n
+        if missing <= 0:
+            break
+    return taken
+
+
+def _head(value: Any, n: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:n]
+    if isinstance(value, tuple | list):
+        return type(value)(_head(v, n) for v in value)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with the random states of torch, numpy and random set from `seed`; restore them after.
+
+    A user's data pipeline may draw from any of the three.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each one back into its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

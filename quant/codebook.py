@@ -1,0 +1,218 @@
+"""The adaptive codebook of ADQ's weights, as pure functions.
+
+Notation, for one layer: weights `w` with one scale per output channel `s`, normalised weights
+`x = w / s`, bits `b`, `K = 2^b` sorted levels `c_0 <= ... <= c_{K-1}` shared by the whole layer,
+thresholds `t_k = (c_k + c_{k+1}) / 2`, codes `k(x) = #{t : t <= x}`, and `ŵ = s · c[k(w / s)]`.
+
+Source: ADQ, arXiv 2510.19760, for one codebook per layer, its quantile initialisation (positive and
+negative weights apart, and zero) and its exponential moving average; van den Oord et al.,
+arXiv 1711.00937, appendix A.1, for the average's form. The rest is this project's design.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Initialisation = Literal["quantile", "quantile-lloyd", "uniform"]
+INITIALISATIONS: tuple[Initialisation, ...] = get_args(Initialisation)
+
+LLOYD_STEPS = 20
+DEAD_COUNT = 0.5  # a level whose running count falls below half a weight serves nobody
+
+
+def channel_scale(weight: Tensor) -> Tensor:
+    """Root mean square of each output channel (dimension 0), shape (C, 1, ..., 1).
+
+    A channel that is exactly zero gets scale 1, so that normalising it gives zeros and not 0/0.
+    """
+    flat = weight.flatten(1).float()
+    rms = flat.square().mean(dim=1).sqrt()
+    rms = torch.where(rms > 0, rms, torch.ones_like(rms))
+    return rms.reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
+
+
+def initial_levels(x: Tensor, bits: int, method: Initialisation = "quantile-lloyd") -> Tensor:
+    """K = 2^bits sorted levels for the values of `x`, shape (K,).
+
+    - `quantile`: quantiles of the positive and of the negative values, and an exact zero. This is
+      the paper's start; its levels are as dense as the values, where least squared error wants
+      the cube root of that density.
+    - `quantile-lloyd`: the K quantile midpoints of all values, then 20 Lloyd steps.
+    - `uniform`: the symmetric grid (k − (K−1)/2)·Δ with the Δ of least squared error.
+    """
+    ordered = x.detach().flatten().float().sort().values
+    if method == "quantile":
+        return signed_quantiles(ordered, bits).to(x.dtype)
+    if method == "quantile-lloyd":
+        midpoints = _quantiles(ordered, 2**bits)
+        return lloyd(ordered, midpoints, LLOYD_STEPS).to(x.dtype)
+    if method == "uniform":
+        return best_uniform(ordered, bits).to(x.dtype)
+    raise ValueError(f"initialisation: expected one of {INITIALISATIONS}, got {method!r}")
+
+
+def _quantiles(ordered: Tensor, k: int) -> Tensor:
+    """The k quantile midpoints (i + 1/2)/k of sorted values, by nearest rank.
+
+    torch.quantile stops at 2^24 elements; sorted values need no more than an index.
+    """
+    n = ordered.numel()
+    ranks = (torch.arange(k, dtype=torch.float64, device=ordered.device) + 0.5) / k * n
+    return ordered[ranks.long().clamp(max=n - 1)]
+
+
+def signed_quantiles(ordered: Tensor, bits: int) -> Tensor:
+    """Zero, and quantile midpoints of each sign; the sign with more values gets the odd level."""
+    k = 2**bits
+    negative, positive = ordered[ordered < 0], ordered[ordered > 0]
+    n_positive = k // 2 if positive.numel() >= negative.numel() else k // 2 - 1
+    if negative.numel() == 0:
+        n_positive = k - 1
+    if positive.numel() == 0:
+        n_positive = 0
+    parts = [ordered.new_zeros(1)]
+    if n_positive:
+        parts.append(_quantiles(positive, n_positive) if positive.numel() else parts[0])
+    if negative.numel():
+        parts.append(_quantiles(negative, k - 1 - n_positive))
+    levels = torch.cat(parts)
+    # only an all-zero layer leaves levels over; repeat zero rather than invent one
+    return torch.cat([levels, levels.new_zeros(k - levels.numel())]).sort().values
+
+
+def lloyd(ordered: Tensor, levels: Tensor, steps: int) -> Tensor:
+    """Lloyd's iteration on sorted one-dimensional data: each level moves to its cell's mean.
+
+    With prefix sums a step costs O(K log n). A level whose cell is empty stays where it is.
+    """
+    prefix = torch.cat([ordered.new_zeros(1).double(), ordered.double().cumsum(0)])
+    levels = levels.double()
+    for _ in range(steps):
+        thresholds = ((levels[1:] + levels[:-1]) / 2).to(ordered.dtype)
+        inner = torch.searchsorted(ordered, thresholds)
+        edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), ordered.numel())])
+        counts = edges.diff()
+        sums = prefix[edges].diff()
+        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+    return levels.to(ordered.dtype)
+
+
+def best_uniform(ordered: Tensor, bits: int, candidates: int = 64) -> Tensor:
+    """The mid-rise grid (k − (K−1)/2)·Δ with the least squared error among `candidates` Δ."""
+    k = 2**bits
+    grid = torch.arange(k, dtype=ordered.dtype, device=ordered.device) - (k - 1) / 2
+    sample = ordered[:: max(1, ordered.numel() // 2**16)]
+    largest = sample.abs().max()
+    if largest == 0:
+        return torch.zeros_like(grid)
+    fractions = torch.arange(1, candidates + 1, dtype=ordered.dtype, device=ordered.device)
+    grids = (fractions / candidates * largest / grid[-1])[:, None] * grid
+    errors = torch.stack([(sample - g[assign(sample, g)]).square().mean() for g in grids])
+    return grids[errors.argmin()]
+
+
+def assign(x: Tensor, levels: Tensor) -> Tensor:
+    """The index of each value's nearest level, int64, shape of `x`; ties go to the upper level."""
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(x.contiguous(), thresholds, right=True)
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """ŵ = s · c[k(w/s)], with straight-through gradients.
+
+    ∂ŵ/∂w = 1 (identity) and ∂ŵ/∂s = c[k(w/s)] − w/s, the learned-step gradient of LSQ
+    (arXiv 1902.08153, eq. 3) without clipping, since the outer cells of a codebook are unbounded.
+    Levels get no gradient: they follow the weights by `ema_step`.
+
+    Shapes: weight (C, ...), scale (C, 1, ..., 1), levels (K,).
+    """
+    x = (weight / scale).detach()
+    offset = levels[assign(x, levels)] - x
+    return weight + scale * offset
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a layer's weights say about its levels: all of shape (K,), float64."""
+
+    counts: Tensor
+    sums: Tensor
+    squared_errors: Tensor
+
+
+def statistics(x: Tensor, levels: Tensor) -> Statistics:
+    """Per level: how many values it serves, their sum, and their squared distance from it."""
+    k = levels.numel()
+    flat = x.detach().flatten()
+    codes = assign(flat, levels)
+    errors = (flat - levels[codes]).square()
+    return Statistics(
+        counts=torch.bincount(codes, minlength=k).double(),
+        sums=torch.bincount(codes, weights=flat.double(), minlength=k),
+        squared_errors=torch.bincount(codes, weights=errors.double(), minlength=k),
+    )
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Sorted levels with their running counts N and sums M, all of shape (K,)."""
+
+    levels: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def new_codebook(x: Tensor, bits: int, method: Initialisation = "quantile-lloyd") -> Codebook:
+    """A codebook started from `x`, its running counts and sums being those of `x` itself."""
+    levels = initial_levels(x, bits, method)
+    now = statistics(x, levels)
+    return Codebook(levels, now.counts.to(x.dtype), (now.counts * levels.double()).to(x.dtype))
+
+
+def ema_step(codebook: Codebook, x: Tensor, decay: float, epsilon: float = 1e-5) -> Codebook:
+    """One exponential-moving-average step towards the cell means of `x`.
+
+        N ← γN + (1−γ)n,   M ← γM + (1−γ)m,   c = M / Ñ,   Ñ = (N+ε)/(ΣN + Kε) · ΣN
+
+    where n and m are this step's counts and sums (arXiv 1711.00937, eq. 6 to 8). All weights are
+    seen at every step, so this is a Lloyd iteration damped to a lag of about 1/(1−γ) steps.
+
+    A level with N below half a weight is dead: it keeps its place unless another cell still has
+    error to split. Then the dead level takes one half of that cell: the cell's level c becomes
+    c ± σ, σ being the root mean square of its error, and N and M are set for both, so that the
+    next step does not undo it. Levels come back sorted.
+    """
+    now = statistics(x, codebook.levels)
+    counts = decay * codebook.counts.double() + (1 - decay) * now.counts
+    sums = decay * codebook.sums.double() + (1 - decay) * now.sums
+    total, k = counts.sum(), counts.numel()
+    smoothed = (counts + epsilon) / (total + k * epsilon) * total
+    dead = counts < DEAD_COUNT
+    levels = torch.where(dead, codebook.levels.double(), sums / smoothed)
+    levels, counts, sums = _split_worst(levels, counts, sums, dead, now)
+    order = levels.argsort(stable=True)
+    dtype = codebook.levels.dtype
+    return Codebook(levels[order].to(dtype), counts[order].to(dtype), sums[order].to(dtype))
+
+
+def _split_worst(
+    levels: Tensor, counts: Tensor, sums: Tensor, dead: Tensor, now: Statistics
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each dead level one half of a cell, the cells with most squared error first."""
+    # a cell can be split when it is alive and holds at least two values that differ
+    error = torch.where(dead | (now.counts < 2), 0.0, now.squared_errors)
+    worst = error.argsort(descending=True, stable=True)
+    dead_first = dead.long().argsort(descending=True, stable=True)
+    pairs = torch.arange(levels.numel(), device=levels.device) < torch.minimum(
+        dead.sum(), (error > 0).sum()
+    )
+    takers, givers = dead_first[pairs], worst[pairs]
+    spread = (error[givers] / now.counts[givers].clamp(min=1)).sqrt()
+    half = counts[givers] / 2
+    lower, upper = levels[givers] - spread, levels[givers] + spread
+    levels, counts, sums = levels.clone(), counts.clone(), sums.clone()
+    for index, value in ((givers, lower), (takers, upper)):
+        levels[index], counts[index], sums[index] = value, half, half * value
+    return levels, counts, sums

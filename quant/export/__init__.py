@@ -1,0 +1,1 @@
+"""What leaves the house: `packed` writes and reads a quantized model at its real low-bit size."""

@@ -1,0 +1,173 @@
+"""A quantized model in one safetensors file, its weights packed at their true width.
+
+Tensors, for each quantized layer L with n weights of b bits in C output channels:
+
+    L.weight.codes      uint8    (ceil(n·b/8),)  see `adq.quant.packing`
+    L.weight.codebook   float32  (2^b,)
+    L.weight.scale      float32  (C,)            weight = scale[c] · codebook[code]
+    L.input.thresholds  float32  (2^a − 1,)      only where the input has a bits
+    L.input.scale       float32  (1,)            input = scale · (#{thresholds <= x} − zero_point)
+    L.input.zero_point  float32  (1,)
+
+and every other parameter and buffer under its own name. The file's metadata has one entry,
+`adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector) and what the writer adds.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adq.quant import codebook
+from adq.quant.apply import (
+    INPUT_QUANTIZER,
+    attach_input_quantizer,
+    bits_of,
+    original_weight,
+    quantized_layers,
+    weight_quantizer,
+)
+from adq.quant.errors import InputError
+from adq.quant.files import atomic_path
+from adq.quant.modules import ActivationQuantizer
+from adq.quant.packing import pack, packed_bytes, unpack
+from adq.quant.spec import BitVector
+
+SCHEMA = "adq-model/1"
+_FLOAT_BYTES = 4
+
+
+def weight_bytes(numel: int, out_channels: int, bits: int) -> int:
+    """Bytes of one layer's weight in the file: codes, codebook and scales."""
+    return packed_bytes(numel, bits) + _FLOAT_BYTES * (2**bits + out_channels)
+
+
+def input_bytes(bits: int | None) -> int:
+    """Bytes of one layer's input quantizer in the file; none for an FP32 input."""
+    return 0 if bits is None else _FLOAT_BYTES * (2**bits - 1 + 2)
+
+
+def rest_bytes(model: nn.Module, layers: set[str]) -> int:
+    """Bytes of every parameter and buffer of an FP32 model but the weights of `layers`."""
+    weights = {f"{name}.weight" for name in layers}
+    return sum(t.nbytes for key, t in model.state_dict().items() if key not in weights)
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a quantized model as the file holds them."""
+    tensors: dict[str, Tensor] = {}
+    own: set[str] = set()
+    for name, layer in quantized_layers(model):
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        with torch.no_grad():
+            scale = quantizer.scale
+            codes = codebook.assign(original_weight(layer) / scale, quantizer.levels)
+        tensors[f"{name}.weight.codes"] = pack(codes, quantizer.bits)
+        tensors[f"{name}.weight.codebook"] = quantizer.levels.float()
+        tensors[f"{name}.weight.scale"] = scale.detach().flatten().float()
+        own.add(f"{name}.parametrizations.weight.")
+        if hasattr(layer, INPUT_QUANTIZER):
+            act = layer.input_quantizer
+            assert isinstance(act, ActivationQuantizer)
+            tensors[f"{name}.input.thresholds"] = act.thresholds.detach().float()
+            tensors[f"{name}.input.scale"] = act.output_scale.detach().float()
+            tensors[f"{name}.input.zero_point"] = act.zero_point.float()
+            own.add(f"{name}.{INPUT_QUANTIZER}.")
+    for key, value in model.state_dict().items():
+        if not key.startswith(tuple(own)):
+            tensors[key] = value
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def save_packed(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back."""
+    header = {"schema": SCHEMA, "bits": bits_of(model).to_json(), **metadata}
+    with atomic_path(path) as temporary:
+        save_file(packed_tensors(model), temporary, {"adq": json.dumps(header)})
+
+
+@dataclass(frozen=True)
+class _File:
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    bits: BitVector
+
+
+def _read(path: str | Path) -> _File:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("adq")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        if header is None:
+            raise InputError(f"{path}: a safetensors file, but not one that adq wrote")
+        metadata = json.loads(header)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable adq model ({error})") from None
+    if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:
+        raise InputError(f"{path}: expected schema {SCHEMA!r} in its metadata")
+    return _File(tensors, metadata, BitVector.from_json(metadata.get("bits"), str(path)))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a packed file; raises InputError if it is missing, damaged or foreign."""
+    return _read(path).metadata
+
+
+def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put a packed file's weights and input quantizers on a freshly built FP32 `model`, eval mode.
+
+    Raises InputError when the file is damaged or was written for another architecture; the model
+    is then unchanged.
+    """
+    file = _read(path)
+    tensors = dict(file.tensors)
+    inputs: dict[str, PackedInput] = {}
+    try:
+        for name, bits in file.bits.weight.items():
+            weight = model.get_parameter(f"{name}.weight")
+            codes = unpack(tensors.pop(f"{name}.weight.codes"), bits, weight.numel()).long()
+            levels = tensors.pop(f"{name}.weight.codebook")
+            scale = tensors.pop(f"{name}.weight.scale")
+            rows = levels[codes].reshape(weight.shape[0], -1)
+            tensors[f"{name}.weight"] = (scale[:, None] * rows).reshape(weight.shape)
+        for name in file.bits.act:
+            inputs[name] = PackedInput(
+                *(tensors.pop(f"{name}.input.{k}") for k in ("thresholds", "scale", "zero_point"))
+            )
+        expected = {key: value.shape for key, value in model.state_dict().items()}
+        if {key: value.shape for key, value in tensors.items()} != expected:
+            raise ValueError("its tensors are not those of the model")
+    except (AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: does not fit {type(model).__name__}; was it written for another model? "
+            f"({error})"
+        ) from None
+    model.load_state_dict(tensors)
+    for name, quantizer in inputs.items():
+        layer = model.get_submodule(name)
+        attach_input_quantizer(layer, quantizer.to(next(layer.parameters()).device))
+    return model.eval()
+
+
+class PackedInput(nn.Module):
+    """A layer's input quantizer as the file holds it: x -> scale · (#{thresholds <= x} − z)."""
+
+    thresholds: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, thresholds: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("thresholds", thresholds)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = torch.bucketize(x.contiguous(), self.thresholds, right=True).to(x.dtype)
+        return self.scale * (code - self.zero_point)

@@ -1,0 +1,87 @@
+"""Budgets: hard limits on what a bit vector may cost, one or several at once."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from adq.quant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits; None sets none.
+
+    bits     average bits a weight, over all weights of all quantized layers
+    size_mb  size of the packed model in megabytes (10⁶ bytes)
+    gbops    bit operations per sample in units of 10⁹: Σ MACs · weight bits · input bits
+
+    Raises InputError when a limit is not a positive finite number or when none is set.
+    """
+
+    bits: float | None = None
+    size_mb: float | None = None
+    gbops: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                name = field.name.replace("_", "-")
+                raise InputError(f"budget-{name}: expected a positive number, got {value}")
+        if not self.limits():
+            raise InputError(
+                "no budget: give at least one of --budget-bits, --budget-size-mb, --budget-gbops "
+                "(for example --budget-bits 2.8)"
+            )
+
+    def limits(self) -> dict[str, float]:
+        """Cost name (as in `adq.proxies.costs.Costs`) -> limit in that cost's unit."""
+        limits = {
+            "average_bits": self.bits,
+            "size_bytes": None if self.size_mb is None else self.size_mb * 1e6,
+            "bops": None if self.gbops is None else self.gbops * 1e9,
+        }
+        return {name: value for name, value in limits.items() if value is not None}
+
+
+OPTION_OF = {
+    "average_bits": ("budget-bits", 1.0),
+    "size_bytes": ("budget-size-mb", 1e6),
+    "bops": ("budget-gbops", 1e9),
+}
+"""Cost name -> (the option that limits it, how many of the cost's units one of the option's is)."""
+
+
+def check_reachable(
+    limits: Mapping[str, float], smallest: Mapping[str, float], largest: Mapping[str, float]
+) -> None:
+    """Raise InputError for a limit that nothing meets, or that everything meets.
+
+    `smallest` and `largest` are the costs of the least and the most bits everywhere. Costs grow
+    with bits, so when each limit alone is met by the smallest vector, that vector meets all.
+    """
+    for name, limit in limits.items():
+        option, unit = OPTION_OF[name]
+        low, high = smallest[name] / unit, largest[name] / unit
+        value = limit / unit
+        if value < low or value > high:
+            side = "below the smallest" if value < low else "above the largest"
+            raise InputError(
+                f"{option} {value:g} is {side} reachable: this model with these bit choices "
+                f"reaches {_up(low)} to {_down(high)}"
+            )
+
+
+def _up(value: float) -> str:
+    """Four digits, rounded so that the printed number is itself reachable."""
+    return _round(value, math.ceil)
+
+
+def _down(value: float) -> str:
+    return _round(value, math.floor)
+
+
+def _round(value: float, to_whole: "type[int] | object") -> str:
+    digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    factor = 10.0**digits
+    return f"{to_whole(value * factor * (1 - 1e-12)) / factor:.6g}"  # type: ignore[operator]

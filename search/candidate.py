@@ -1,0 +1,108 @@
+"""One candidate: a bit vector, fine-tuned and evaluated, and the record of it."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adq.proxies.costs import Costs
+from adq.quant.apply import quantize_
+from adq.quant.calibrate import reestimate_batchnorm_
+from adq.quant.errors import NonFiniteLossError
+from adq.quant.evaluate import Evaluation, evaluate
+from adq.quant.export.packed import save_packed
+from adq.quant.qat import TrainingConfig, train_
+from adq.quant.spec import BitVector
+from adq.search.problem import Problem
+
+SCHEMA = "adq-record/1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one trained candidate.
+
+    `validation` is None when training failed, and `error` says why. `test` is filled for final
+    candidates only, and nothing chooses by it. `weights` names a packed file in the study folder.
+    """
+
+    id: str
+    bits: BitVector
+    seed: int
+    epochs: int
+    costs: Costs
+    train_losses: tuple[float, ...]
+    validation: Evaluation | None
+    test: Evaluation | None
+    seconds: float
+    weights: str | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(replace(self, bits=BitVector({})))
+        return {"schema": SCHEMA, **data, "bits": self.bits.to_json()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Record":
+        fields = {name: data[name] for name in Record.__dataclass_fields__}
+        for split in ("validation", "test"):
+            if fields[split] is not None:
+                fields[split] = Evaluation(**fields[split])
+        fields["bits"] = BitVector.from_json(fields["bits"])
+        fields["costs"] = Costs(**fields["costs"])
+        fields["train_losses"] = tuple(fields["train_losses"])
+        return Record(**fields)
+
+
+def train_candidate(
+    problem: Problem,
+    fp32: nn.Module,
+    bits: BitVector,
+    *,
+    id: str,
+    epochs: int,
+    final: bool = False,
+    save_to: Path | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> Record:
+    """Quantize a copy of the FP32 model, fine-tune it, re-estimate BatchNorm, evaluate.
+
+    All candidates see the same data in the same order, so that they differ by their bits alone.
+    A loss that becomes nan or infinite gives a record with an error instead of results.
+    """
+    started = time.monotonic()
+    task, seed = problem.task, problem.config.seed
+    model = quantize_(copy.deepcopy(fp32), bits, problem.calibration)
+    losses: list[float] = []
+    validation = test = error = weights = None
+    try:
+        losses = train_(
+            model, task.train, task.loss, TrainingConfig(epochs, problem.config.lr), seed, on_epoch
+        )
+        reestimate_batchnorm_(model, problem.calibration)
+        validation = evaluate(model, task.validation, task.loss, task.metric)
+        if final:
+            test = evaluate(model, task.test, task.loss, task.metric)
+    except NonFiniteLossError as failure:
+        validation, error = None, str(failure)
+    else:
+        if save_to is not None:
+            save_packed(model, save_to, problem.model_metadata(id))
+            weights = f"{save_to.parent.name}/{save_to.name}"
+    return Record(
+        id=id,
+        bits=bits,
+        seed=seed,
+        epochs=epochs,
+        costs=problem.costs.costs(bits),
+        train_losses=tuple(losses),
+        validation=validation,
+        test=test,
+        seconds=time.monotonic() - started,
+        weights=weights,
+        error=error,
+    )

@@ -1,0 +1,167 @@
+"""The configuration of a study: the one list of options, for TOML, command line and Python."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from adq.quant.errors import InputError
+from adq.quant.spec import MAX_BITS, MIN_BITS
+from adq.search.budget import Budget
+
+Kind = Literal["text", "whole", "number", "weight-bits", "act-bits"]
+
+
+def _option(default: Any, kind: Kind, text: str, low: float = -math.inf) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": text, "low": low})
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Every option of a study. A field `a_b` is the option `--a-b` and the TOML key `a-b`."""
+
+    task: str = _option(
+        "digits", "text", "digits, imagefolder:PATH, cifar10:PATH, or mymodule:make_task"
+    )
+    model: str | None = _option(None, "text", "a torchvision model's name, for image tasks")
+    weights: str | None = _option(
+        None, "text", "a state dict (.safetensors, .pt) to start the FP32 model from"
+    )
+    budget_bits: float | None = _option(None, "number", "average bits a weight, at most")
+    budget_size_mb: float | None = _option(None, "number", "size in 10^6 bytes, at most")
+    budget_gbops: float | None = _option(None, "number", "10^9 bit operations a sample, at most")
+    bits: tuple[int, ...] = _option((2, 3, 4, 6, 8), "weight-bits", "weight bits to choose from")
+    act_bits: tuple[int, ...] = _option(
+        (8,), "act-bits", "input bits to choose from; 0 keeps an input in FP32"
+    )
+    first_last_bits: int = _option(
+        8, "whole", "bits of the first and last layer; 0 searches them like the others", 0
+    )
+    trials: int = _option(24, "whole", "candidates to train", 1)
+    epochs: int = _option(3, "whole", "epochs of each candidate's fine-tuning", 0)
+    final_epochs: int = _option(10, "whole", "epochs of the front's final fine-tuning", 0)
+    fp32_epochs: int | None = _option(
+        None, "whole", "epochs of FP32 training before the search; the task's own if not given", 0
+    )
+    lr: float = _option(1e-3, "number", "peak learning rate of the fine-tuning", 0)
+    seed: int = _option(0, "whole", "seed of everything random", 0)
+    device: str = _option("auto", "text", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
+    study: str | None = _option(None, "text", "the study's name; TASK-1, TASK-2, ... if not given")
+    storage: str | None = _option(
+        None, "text", "Optuna storage URL (sqlite:///..., postgresql://...); a file in the study"
+    )
+    out: str = _option("runs", "text", "the folder that holds the studies")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name), option_name(f)))
+        if self.first_last_bits and not MIN_BITS <= self.first_last_bits <= MAX_BITS:
+            raise InputError(
+                f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "
+                f"{self.first_last_bits}"
+            )
+        if self.study is not None and (
+            not self.study or self.study.startswith(".") or "/" in self.study
+        ):
+            raise InputError(
+                f"study: expected a plain name without '/' or leading '.', got {self.study!r}"
+            )
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.budget_bits, self.budget_size_mb, self.budget_gbops)
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        values = {k.replace("_", "-"): v for k, v in asdict(self).items() if v is not None}
+        return tomli_w.dumps(values)
+
+
+OPTIONS: dict[str, "Field[Any]"] = {f.name: f for f in fields(StudyConfig)}
+
+
+def option_name(f: "Field[Any]") -> str:
+    return f.name.replace("_", "-")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A study file as keyword arguments of StudyConfig, each value checked.
+
+    Raises InputError that names the file, the key and what is allowed.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"cannot read study file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"study file {path} is not valid TOML: {error}") from None
+    known = {option_name(f): f for f in OPTIONS.values()}
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("_", "-"), known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise InputError(f"{path}: unknown key '{key}'; {hint}allowed: {', '.join(known)}")
+        values[known[key].name] = _checked(known[key], value, f"{path}: key '{key}'")
+    return values
+
+
+def make_config(*layers: Mapping[str, Any]) -> StudyConfig:
+    """The configuration from values in rising precedence (study file, then command line).
+
+    None means "not given". Raises InputError for values that do not fit.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= {name: value for name, value in layer.items() if value is not None}
+    if unknown := sorted(set(merged) - set(OPTIONS)):
+        raise InputError(f"unknown option {unknown[0]!r}; allowed: {', '.join(OPTIONS)}")
+    return StudyConfig(**merged)
+
+
+def _checked(f: "Field[Any]", value: Any, where: str) -> Any:
+    """`value` in the field's type; `where` opens the error."""
+    kind, low = f.metadata["kind"], f.metadata["low"]
+    if value is None and f.default is None:
+        return None
+    if kind == "text":
+        if isinstance(value, str):
+            return value
+        wanted = "a text"
+    elif kind == "whole":
+        if type(value) is int and value >= low:
+            return value
+        wanted = "a whole number" + (f" of at least {low:g}" if low > -math.inf else "")
+    elif kind == "number":
+        if type(value) in (int, float) and math.isfinite(value) and value > max(low, 0):
+            return float(value)
+        wanted = "a positive number"
+    else:
+        bits = _bit_list(value)
+        zero = {0} if kind == "act-bits" else set()
+        allowed = zero | set(range(MIN_BITS, MAX_BITS + 1))
+        if bits and set(bits) <= allowed and len(set(bits)) == len(bits):
+            return bits
+        wanted = (
+            f"different whole numbers from {MIN_BITS} to {MAX_BITS}"
+            + (" (or 0 for FP32)" if zero else "")
+            + ", like 2,4,8"
+        )
+    raise InputError(f"{where}: expected {wanted}, got {value!r}")
+
+
+def _bit_list(value: Any) -> tuple[int, ...] | None:
+    """`2,3,4`, `[2, 3, 4]` or `4` as a tuple; None for anything else."""
+    if type(value) is int:
+        return (value,)
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else None
+    if isinstance(value, list | tuple) and all(type(v) is int for v in value):
+        return tuple(value)
+    return None

@@ -1,0 +1,177 @@
+"""The folder of one study: what is where, made whole or not at all, and used by one process.
+
+OUT/NAME/
+  study.toml          the configuration as resolved
+  study.db            the Optuna study (unless --storage names another place)
+  fp32.safetensors    the FP32 weights;  fp32.json  how they were trained and how good they are
+  sensitivity.json    every proxy's table;  sensitivity.csv  the same, one row a layer and bits
+  trials/NNNN.json    a record per trial
+  final/ID.json       a record per final model;  models/ID.safetensors  its packed weights
+  front.json, front.csv, front.png, report.html, best.safetensors, best.bits.json
+  results.json        which point is best, and the uniform models beside the front
+OUT/.cache/           FP32 weights by content key, shared by all studies of OUT
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adq.quant.errors import InputError
+from adq.quant.files import read_json, write_json, write_text
+from adq.search.candidate import Record
+from adq.search.config import StudyConfig, make_config, read_toml
+
+TRIALS, FINAL, MODELS = "trials", "final", "models"
+
+
+class StudyFolder:
+    """Paths and records of a study. Make one with `create_study` or `open_study`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def cache(self) -> Path:
+        return self.path.parent / ".cache"
+
+    @property
+    def config(self) -> StudyConfig:
+        return make_config(read_toml(self.path / "study.toml"))
+
+    @property
+    def storage_url(self) -> str:
+        return self.config.storage or f"sqlite:///{self.path.resolve() / 'study.db'}"
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def record_path(self, kind: str, id: str) -> Path:
+        return self.path / kind / f"{id}.json"
+
+    def write_record(self, kind: str, record: Record) -> None:
+        write_json(self.record_path(kind, record.id), record.to_json())
+
+    def read_record(self, kind: str, id: str) -> Record | None:
+        """The record, or None where there is none yet; InputError if it is damaged."""
+        path = self.record_path(kind, id)
+        return _record(path) if path.exists() else None
+
+    def records(self, kind: str) -> list[Record]:
+        return [_record(path) for path in sorted((self.path / kind).glob("*.json"))]
+
+    def status(self) -> str:
+        """How far the study is, in words."""
+        if self.file("results.json").exists():
+            return "finished"
+        if any((self.path / FINAL).glob("*.json")):
+            return "final training"
+        if self.file("sensitivity.json").exists():
+            done = len(list((self.path / TRIALS).glob("*.json")))
+            return f"searching, {done} of {self.config.trials} trials"
+        return "preparing"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on this study.
+
+        The lock is the kernel's: it ends with the process, however that dies. Raises InputError
+        when another process holds it.
+        """
+        try:
+            handle = open(self.file("lock"), "a")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise InputError(f"cannot write in {self.path}: {error.strerror}") from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"study {self.name!r} is being run by another process: wait for it, or stop it"
+                ) from None
+            yield
+
+
+def _record(path: Path) -> Record:
+    data = read_json(path)
+    try:
+        return Record.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def create_study(config: StudyConfig, prepare: Callable[[StudyFolder], None]) -> StudyFolder:
+    """A new study folder, complete with its configuration, or an InputError and nothing.
+
+    Without a name in `config` the next free TASK-N is taken. `prepare` may put more into the
+    folder before it appears under its name.
+    """
+    root = Path(config.out)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    except OSError as error:
+        raise InputError(
+            f"cannot create a study in {root}: {error.strerror}; choose another folder with --out"
+        ) from None
+    try:
+        while True:
+            name = config.study or _next_name(root, config.task)
+            named = make_config(vars(config), {"study": name})
+            write_text(temporary / "study.toml", named.to_toml())
+            for part in (TRIALS, FINAL, MODELS):
+                (temporary / part).mkdir(exist_ok=True)
+            prepare(StudyFolder(temporary))
+            os.chmod(temporary, 0o755)
+            try:
+                if (root / name).exists():
+                    raise FileExistsError
+                os.rename(temporary, root / name)
+                return StudyFolder(root / name)
+            except OSError:
+                if config.study is not None or not (root / name).exists():
+                    raise InputError(
+                        f"study {name!r} exists already in {root}: resume it with 'adq-search "
+                        f"resume {name}', or choose another name with --study"
+                    ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _next_name(root: Path, task: str) -> str:
+    base = re.sub(r"[^A-Za-z0-9_.-]+", "-", task.partition(":")[0]).strip(".-") or "study"
+    taken = [
+        int(match[1])
+        for path in root.iterdir()
+        if (match := re.fullmatch(re.escape(base) + r"-(\d+)", path.name))
+    ]
+    return f"{base}-{max(taken, default=0) + 1}"
+
+
+def open_study(out: str | Path, name: str) -> StudyFolder:
+    """The study NAME in the folder `out`; NAME may be the path of a study folder as well.
+
+    Raises InputError when there is none, naming those that there are.
+    """
+    for path in (Path(out) / name, Path(name)):
+        if (path / "study.toml").is_file():
+            return StudyFolder(path)
+    there = ", ".join(study.name for study in list_studies(out)) or "none"
+    if (Path(out) / name).is_dir():
+        raise InputError(f"study {name!r} in {out} is damaged: its study.toml is missing")
+    raise InputError(f"no study {name!r} in {out}; there are: {there}")
+
+
+def list_studies(out: str | Path) -> list[StudyFolder]:
+    root = Path(out)
+    if not root.is_dir():
+        return []
+    return [StudyFolder(p) for p in sorted(root.iterdir()) if (p / "study.toml").is_file()]

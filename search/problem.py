@@ -1,0 +1,111 @@
+"""What is searched, worked out before anything is trained: layers, choices, costs, limits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adq.proxies.costs import CostModel
+from adq.quant.batches import Batch, seeded, take_samples, to_device
+from adq.quant.errors import InputError
+from adq.quant.layers import LayerInfo, trace_layers
+from adq.search.budget import check_reachable
+from adq.search.config import StudyConfig
+from adq.search.space import Space, make_space
+from adq.search.task import Task, task_call
+
+CALIBRATION_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task under a configuration: everything that follows from them without training.
+
+    `limits` are the budgets (cost name -> limit); `objectives` the costs that the study minimises
+    beside maximising the metric; `calibration` training batches that stay the same throughout.
+    """
+
+    config: StudyConfig
+    task: Task
+    device: torch.device
+    initial_model: nn.Module
+    layers: tuple[LayerInfo, ...]
+    space: Space
+    costs: CostModel
+    limits: dict[str, float]
+    objectives: tuple[str, ...]
+    calibration: list[Batch]
+
+    def model_metadata(self, point: str) -> dict[str, Any]:
+        """What a packed file says of itself beside its bits."""
+        return {"task": self.config.task, "model": self.config.model, "point": point}
+
+    def call(self, what: str, function: Callable[[], Any]) -> Any:
+        """Run a step that calls the user's code; its errors become one line."""
+        return task_call(self.config.task, what, function)
+
+
+def make_problem(config: StudyConfig, task: Task) -> Problem:
+    """Build the model, trace it, and check that every budget can be met.
+
+    Raises InputError for a device that is not there, a task whose code fails, or a budget outside
+    the reachable range.
+    """
+    device = pick_device(config.device)
+    budget = config.budget
+
+    def build() -> tuple[nn.Module, list[Batch]]:
+        with seeded(config.seed):
+            model = task.model()
+            if not isinstance(model, nn.Module):
+                raise InputError(
+                    f"task {config.task!r}: model() must give a torch.nn.Module, gave "
+                    f"{type(model).__name__}"
+                )
+            return model.to(device), take_samples(task.train, CALIBRATION_SAMPLES)
+
+    model, calibration = task_call(config.task, "building the model and first batches", build)
+    if not calibration:
+        raise InputError(f"task {config.task!r}: the training batches are empty")
+    layers = task_call(
+        config.task,
+        "a forward pass",
+        lambda: trace_layers(model, to_device(take_samples(calibration, 2)[0][0], device)),
+    )
+    space = make_space(layers, config.bits, config.act_bits, config.first_last_bits)
+    if space.size == 1:
+        raise InputError("bits, act-bits: a single choice leaves nothing to search")
+    costs = CostModel(model, layers, space.searched or tuple(layer.name for layer in layers))
+    limits = budget.limits()
+    extremes = [
+        costs.costs(space.bit_vector(point)) for point in (space.smallest(), space.largest())
+    ]
+    check_reachable(limits, *({name: getattr(c, name) for name in limits} for c in extremes))
+    objectives = tuple(limits)
+    if len(config.act_bits) > 1 and "bops" not in objectives:
+        objectives += ("bops",)  # else nothing would ever speak for fewer input bits
+    return Problem(
+        config, task, device, model, layers, space, costs, limits, objectives, calibration
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of `cpu`, `cuda`, `cuda:N` or `auto`; InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected cpu, cuda, cuda:N or auto, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"device {name}: no CUDA device is available here; use --device cpu or auto"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,84 @@
+"""Every proxy on one trained model, kept in the study's folder."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from adq.proxies.base import Sensitivity
+from adq.proxies.gradient import gradient_sensitivity
+from adq.proxies.trace import trace_sensitivity
+from adq.quant.batches import take_samples
+from adq.quant.errors import InputError
+from adq.quant.files import read_json, write_json, write_text
+from adq.search.folder import StudyFolder
+from adq.search.observer import Observer
+from adq.search.problem import Problem
+from adq.search.space import FP32
+
+SCHEMA = "adq-sensitivity/1"
+TRACE_SAMPLES, TRACE_PROBES, GRADIENT_SAMPLES = 256, 32, 128
+
+
+def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sensitivity]:
+    """Both proxies on the FP32 model, on the leading training samples of the study's seed."""
+    config, loss = problem.config, problem.task.loss
+    bits = sorted({b for layer in problem.space.layers for b in layer.weight})
+    act_bits = sorted({b for layer in problem.space.layers for b in layer.act} - {FP32})
+    if all(len(layer.act) == 1 for layer in problem.space.layers):
+        act_bits = []  # nothing to choose, nothing to score
+    observer.stage("sensitivity", 2)
+    trace_data = take_samples(problem.calibration, TRACE_SAMPLES)
+    trace = trace_sensitivity(
+        model, problem.layers, bits, trace_data, loss, TRACE_PROBES, config.seed
+    )
+    observer.step(f"Hessian trace, {trace.seconds:.1f} s")
+    gradient_data = take_samples(problem.calibration, GRADIENT_SAMPLES)
+    gradient = gradient_sensitivity(model, problem.layers, bits, act_bits, gradient_data, loss)
+    observer.step(f"gradients, {gradient.seconds:.1f} s")
+    return [trace, gradient]
+
+
+def sensitivities(
+    problem: Problem, model: nn.Module, folder: StudyFolder, observer: Observer
+) -> list[Sensitivity]:
+    """`measure`, once per study: later calls read sensitivity.json."""
+    path = folder.file("sensitivity.json")
+    if path.exists():
+        return load_sensitivities(folder)
+    found = problem.call("measuring sensitivities", lambda: measure(problem, model, observer))
+    write_text(folder.file("sensitivity.csv"), to_csv(found))
+    write_json(path, {"schema": SCHEMA, "proxies": [s.to_json() for s in found]})
+    return found
+
+
+def load_sensitivities(folder: StudyFolder) -> list[Sensitivity]:
+    path = folder.file("sensitivity.json")
+    data = read_json(path)
+    try:
+        return [Sensitivity.from_json(entry) for entry in data["proxies"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+Row = tuple[str, str, str, int, float, float]
+
+
+def rows(found: Sequence[Sensitivity]) -> Iterator[Row]:
+    """(proxy, "weight" or "act", layer, bits, score, stderr) of every entry."""
+    for s in found:
+        for kind, table in (("weight", s.weight), ("act", s.act)):
+            if table is not None:
+                for i, layer in enumerate(table.layers):
+                    for j, bits in enumerate(table.bits):
+                        score, stderr = float(table.score[i, j]), float(table.stderr[i, j])
+                        yield s.proxy, kind, layer, bits, score, stderr
+
+
+def to_csv(found: Sequence[Sensitivity]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["proxy", "kind", "layer", "bits", "score", "stderr"])
+    writer.writerows(rows(found))
+    return out.getvalue()

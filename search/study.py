@@ -1,0 +1,104 @@
+"""Ask, evaluate, tell, resume: the one place that touches the Optuna storage."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import optuna
+import sqlalchemy.exc
+from optuna.exceptions import OptunaError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from adq.quant.errors import InputError
+from adq.quant.spec import BitVector
+from adq.search.candidate import Record
+from adq.search.folder import TRIALS, StudyFolder
+from adq.search.problem import Problem
+from adq.search.sampler import BudgetSampler
+
+FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what a database says of a missing, damaged or locked store into one line."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, OptunaError, ImportError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"storage {url} cannot be used: {text[:200]}; restore it, or give another --storage"
+        ) from error
+
+
+def create_storage_study(folder: StudyFolder, problem: Problem, name: str) -> None:
+    """Create the Optuna study of a new folder; InputError if the storage has one of that name."""
+    url = folder.storage_url
+    with storage_errors(url):
+        storage = RDBStorage(url)
+        try:
+            study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                directions=[StudyDirection.MAXIMIZE]
+                + [StudyDirection.MINIMIZE] * len(problem.objectives),
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            raise InputError(
+                f"storage {url} has a study {name!r} already: choose another name with --study"
+            ) from None
+        study.set_metric_names([problem.task.metric_name, *problem.objectives])
+        storage.engine.dispose()
+
+
+def run_trials(
+    folder: StudyFolder,
+    problem: Problem,
+    sampler: BudgetSampler,
+    evaluate: Callable[[str, BitVector], Record],
+    on_record: Callable[[Record], None],
+) -> bool:
+    """Bring the study to its number of trials; records go to the folder, results to the storage.
+
+    A record is written before its trial is told, and a trial that a killed process left running
+    is taken up again under its own number: told from its record if there is one, evaluated
+    otherwise. So nothing finished is lost or repeated, whenever the process dies. Trials that
+    failed count as finished.
+
+    True when all trials ran, False when the space has no new point left.
+    """
+    with storage_errors(folder.storage_url):
+        study = optuna.load_study(
+            study_name=folder.config.study, storage=RDBStorage(folder.storage_url), sampler=sampler
+        )
+        distributions = problem.space.distributions()
+        while True:
+            trials = study.get_trials(deepcopy=False)
+            finished = [t for t in trials if t.state in FINISHED]
+            running = [t for t in trials if t.state == TrialState.RUNNING]
+            if running:
+                trial = optuna.trial.Trial(study, running[0]._trial_id)
+            elif len(finished) < problem.config.trials:
+                trial = study.ask()
+            else:
+                return True
+            for name, distribution in distributions.items():
+                trial.suggest_categorical(name, distribution.choices)
+            if any(t.params == trial.params for t in finished):
+                study.tell(trial, state=TrialState.FAIL)
+                return False
+            bits = problem.space.bit_vector(problem.space.decode(trial.params))
+            id = f"{trial.number:04d}"
+            record = folder.read_record(TRIALS, id)
+            if record is None or record.bits != bits:
+                record = evaluate(id, bits)
+                folder.write_record(TRIALS, record)
+            for name, limit in problem.limits.items():
+                trial.set_constraint(name, getattr(record.costs, name) - limit)
+            if record.validation is None:
+                study.tell(trial, state=TrialState.FAIL)
+            else:
+                costs = [float(getattr(record.costs, name)) for name in problem.objectives]
+                study.tell(trial, [record.validation.metric, *costs])
+            on_record(record)
