@@ -4,6 +4,7 @@ Costs add up over layers, which is what lets a knapsack solver handle them. Whol
 as Python integers, so that a budget is met or not without rounding.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class CostModel:
             total = value * self.weight_numel if name == "average_bits" else value
             if name == "size_bytes":
                 total -= self.fixed_bytes
-            out[name] = int(total + 1e-9 * max(1.0, abs(total)))
+            out[name] = math.floor(total + 1e-9 * max(1.0, abs(total)))
         return out
 
     def totals(self, bits: BitVector) -> dict[str, int]:

@@ -19,6 +19,7 @@ from adq.proxies.base import Sensitivity, Table, quantization_errors
 from adq.quant.activation import fit_range
 from adq.quant.batches import Batches, batch_size, device_of, evaluating, forward, to_device
 from adq.quant.calibrate import input_samples
+from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
 
@@ -35,6 +36,8 @@ def gradient_sensitivity(
 
     The per-sample values give the standard error s/√samples. One sample at a time asks nothing of
     the model but that it runs; BatchNorm uses its stored statistics.
+
+    Raises InputError for fewer than two samples, which have no standard error.
     """
     started = time.monotonic()
     names = [layer.name for layer in layers]
@@ -70,7 +73,9 @@ def gradient_sensitivity(
                     value = loss(forward(model, inputs), targets)
                     kept = [(name, x) for name in names for x in inputs_of[name]]
                     grads = torch.autograd.grad(
-                        value, weights + ([x for _, x in kept] if act_bits else [])
+                        value,
+                        weights + ([x for _, x in kept] if act_bits else []),
+                        materialize_grads=True,  # zero for a layer that the loss never meets
                     )
                     weight_rows.append(
                         [
@@ -88,6 +93,10 @@ def gradient_sensitivity(
     finally:
         for handle in hooks:
             handle.remove()
+    if len(weight_rows) < 2:
+        raise InputError(
+            f"expected at least 2 samples, to know their spread; got {len(weight_rows)}"
+        )
     weight = _table(names, bits, weight_rows)
     act = _table(names, act_bits, act_rows) if act_bits else None
     return Sensitivity("fisher", weight, act, len(weight_rows), time.monotonic() - started)
@@ -98,6 +107,8 @@ def _sample(batch: Any, i: int) -> Any:
         return batch[i : i + 1]
     if isinstance(batch, tuple | list):
         return type(batch)(_sample(part, i) for part in batch)
+    if isinstance(batch, dict):
+        return {key: _sample(part, i) for key, part in batch.items()}
     return batch
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adq.proxies.base import Array, Sensitivity, Table, quantization_errors
 from adq.quant.batches import Batches, batch_size, device_of, evaluating, forward, to_device
+from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
 
@@ -41,7 +42,11 @@ def hutchinson_trace(
     Batches count by their samples, BatchNorm runs on its stored statistics. The standard error is
     that of the mean over the probes: it covers the estimator's noise, not the choice of data. The
     graph of the gradient is built once a batch and used by all probes.
+
+    Raises InputError for fewer than two probes, which have no standard error, or without samples.
     """
+    if probes < 2:
+        raise InputError(f"expected at least 2 probes, to know their spread; got {probes}")
     device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     vectors = [
@@ -55,15 +60,23 @@ def hutchinson_trace(
             inputs, targets = to_device(batch, device)
             n = batch_size(batch)
             value = loss(forward(model, inputs), targets)
-            gradients = torch.autograd.grad(value, weights, create_graph=True)
+            gradients = torch.autograd.grad(
+                value, weights, create_graph=True, materialize_grads=True
+            )
+            # a linear path, or a weight that the loss never meets, leaves a gradient that depends
+            # on no weight; autograd must be told that its derivative is zero
+            gradients = tuple(
+                g if g.requires_grad else g + 0 * w for g, w in zip(gradients, weights, strict=True)
+            )
             for p, v in enumerate(vectors):
-                # a purely linear path leaves a gradient that depends on no weight: H v is zero
                 products = torch.autograd.grad(
                     gradients, weights, v, retain_graph=p + 1 < probes, materialize_grads=True
                 )
                 for layer, (hv, vl) in enumerate(zip(products, v, strict=True)):
                     estimates[p, layer] += n * (hv * vl).sum().item()
             samples += n
+    if samples == 0:
+        raise InputError("the batches for the Hessian trace are empty: expected at least one batch")
     estimates /= samples
     return TraceEstimate(
         estimates.mean(dim=0).numpy(),

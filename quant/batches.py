@@ -62,6 +62,8 @@ def _head(value: Any, n: int) -> Any:
         return value[:n]
     if isinstance(value, tuple | list):
         return type(value)(_head(v, n) for v in value)
+    if isinstance(value, dict):
+        return {k: _head(v, n) for k, v in value.items()}
     return value
 
 

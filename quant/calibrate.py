@@ -1,6 +1,7 @@
 """Statistics of a model gathered from data, by explicit calls: input samples, BatchNorm."""
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def input_samples(
     def recorder(name: str) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
             flat = args[0].detach().flatten().float()
-            stride = max(1, flat.numel() * limit // SAMPLE_VALUES)
+            # rounded up to odd: an even stride would meet the same column of every feature map
+            stride = -(-flat.numel() * limit // SAMPLE_VALUES) | 1
             parts[name] += [flat[::stride], flat.min().reshape(1), flat.max().reshape(1)]
 
         return record
@@ -58,21 +60,27 @@ def reestimate_batchnorm_(model: nn.Module, batches: Batches, limit: int = 16) -
     Quantization shifts the activations, and the exponential average of a short fine-tuning still
     remembers the start; see Sun et al., "Hybrid 8-bit FP8", section 3.2, and Nagel et al.,
     arXiv 2203.11086, section 4.1. Does nothing to a model without BatchNorm.
+
+    Raises InputError when there is no batch; the statistics are then unchanged.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.track_running_stats]
     if not norms:
         return
+    leading = islice(batches, limit)
+    first = next(leading, None)
+    if first is None:
+        raise InputError("the batches for BatchNorm are empty: expected at least one batch")
     momenta = [m.momentum for m in norms]
     device = device_of(model)
-    with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.train()
-        for index, (inputs, _) in enumerate(batches):
-            if index == limit:
-                break
-            forward(model, to_device(inputs, device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for inputs, _ in chain([first], leading):
+                forward(model, to_device(inputs, device))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

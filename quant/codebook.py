@@ -129,8 +129,10 @@ def fake_quantize(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     Shapes: weight (C, ...), scale (C, 1, ..., 1), levels (K,).
     """
     x = (weight / scale).detach()
-    offset = levels[assign(x, levels)] - x
-    return weight + scale * offset
+    level = levels[assign(x, levels)].detach()
+    # the brackets are exactly zero and carry the gradients; w + s·(c − x) would be off by rounding,
+    # and a channel would then hold more than K values
+    return scale * level + (weight - weight.detach()) - (scale - scale.detach()) * x
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Codebook:
 
 
 def new_codebook(x: Tensor, bits: int, method: Initialisation = "quantile-lloyd") -> Codebook:
-    """A codebook started from `x`, its running counts and sums being those of `x` itself."""
+    """A codebook started from `x`: N counts the values of each level, and M = N·c."""
     levels = initial_levels(x, bits, method)
     now = statistics(x, levels)
     return Codebook(levels, now.counts.to(x.dtype), (now.counts * levels.double()).to(x.dtype))

@@ -85,6 +85,11 @@ def train_(
                     update_codebooks(model, config.codebook_decay)
                 n = batch_size(batch)
                 epoch_loss, samples, step = epoch_loss + number * n, samples + n, step + 1
+        if samples == 0:
+            raise InputError(
+                f"the training batches gave nothing in epoch {epoch + 1}: they must be iterable "
+                "again and again, which a generator is not"
+            )
         losses.append(epoch_loss / samples)
         if on_epoch is not None:
             on_epoch(epoch, losses[-1])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from adq.quant.errors import InputError
 
@@ -52,6 +53,10 @@ OPTION_OF = {
 """Cost name -> (the option that limits it, how many of the cost's units one of the option's is)."""
 
 
+ROUNDING = 1e-12
+"""What binary fractions may add: 0.01569 MB are 15689.999999999998 bytes."""
+
+
 def check_reachable(
     limits: Mapping[str, float], smallest: Mapping[str, float], largest: Mapping[str, float]
 ) -> None:
@@ -62,26 +67,27 @@ def check_reachable(
     """
     for name, limit in limits.items():
         option, unit = OPTION_OF[name]
-        low, high = smallest[name] / unit, largest[name] / unit
-        value = limit / unit
-        if value < low or value > high:
-            side = "below the smallest" if value < low else "above the largest"
+        below = limit < smallest[name] * (1 - ROUNDING)
+        if below or limit > largest[name] * (1 + ROUNDING):
+            side = "below the smallest" if below else "above the largest"
             raise InputError(
-                f"{option} {value:g} is {side} reachable: this model with these bit choices "
-                f"reaches {_up(low)} to {_down(high)}"
+                f"{option} {limit / unit:g} is {side} reachable: this model with these bit "
+                f"choices reaches {_range(smallest[name] / unit, largest[name] / unit)}"
             )
 
 
-def _up(value: float) -> str:
-    """Four digits, rounded so that the printed number is itself reachable."""
-    return _round(value, math.ceil)
+def _range(low: float, high: float) -> str:
+    """Both ends in four digits, or as many more as it takes, rounded into the range, so that the
+    printed numbers are themselves reachable."""
 
+    def rounded(value: float, digits: int, rounding: str) -> str:
+        exact = Decimal(repr(value))
+        last = Decimal((0, (1,), exact.adjusted() + 1 - digits))
+        return f"{float(exact.quantize(last, rounding)):.{digits}g}"
 
-def _down(value: float) -> str:
-    return _round(value, math.floor)
-
-
-def _round(value: float, to_whole: "type[int] | object") -> str:
-    digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
-    factor = 10.0**digits
-    return f"{to_whole(value * factor * (1 - 1e-12)) / factor:.6g}"  # type: ignore[operator]
+    digits = 4
+    while True:
+        ends = rounded(low, digits, ROUND_CEILING), rounded(high, digits, ROUND_FLOOR)
+        if float(ends[0]) <= float(ends[1]):
+            return " to ".join(ends)
+        digits += 1

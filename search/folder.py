@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sqlalchemy import URL
+
 from adq.quant.errors import InputError
 from adq.quant.files import read_json, write_json, write_text
 from adq.search.candidate import Record
@@ -49,7 +51,10 @@ class StudyFolder:
 
     @property
     def storage_url(self) -> str:
-        return self.config.storage or f"sqlite:///{self.path.resolve() / 'study.db'}"
+        if self.config.storage is not None:
+            return self.config.storage
+        path = str(self.path.resolve() / "study.db")
+        return URL.create("sqlite", database=path).render_as_string()  # quotes % and ?
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -67,6 +72,21 @@ class StudyFolder:
 
     def records(self, kind: str) -> list[Record]:
         return [_record(path) for path in sorted((self.path / kind).glob("*.json"))]
+
+    def extend(self, trials: int) -> None:
+        """Raise the study's number of trials; the study counts as unfinished again."""
+        config = self.config
+        if trials < config.trials:
+            raise InputError(
+                f"trials: study {self.name!r} has {config.trials}; expected at least as many, got "
+                f"{trials}"
+            )
+        with self.locked():
+            write_text(
+                self.file("study.toml"), make_config(vars(config), {"trials": trials}).to_toml()
+            )
+            if trials > config.trials:
+                self.file("results.json").unlink(missing_ok=True)
 
     def status(self) -> str:
         """How far the study is, in words."""
@@ -97,6 +117,8 @@ class StudyFolder:
                 raise InputError(
                     f"study {self.name!r} is being run by another process: wait for it, or stop it"
                 ) from None
+            for leftover in self.path.rglob(".*.tmp"):  # of a process killed while it wrote
+                leftover.unlink(missing_ok=True)
             yield
 
 
@@ -163,7 +185,9 @@ def open_study(out: str | Path, name: str) -> StudyFolder:
     """
     for path in (Path(out) / name, Path(name)):
         if (path / "study.toml").is_file():
-            return StudyFolder(path)
+            folder = StudyFolder(path)
+            folder.config  # noqa: B018 (a damaged one is said here, whatever the folder is for)
+            return folder
     there = ", ".join(study.name for study in list_studies(out)) or "none"
     if (Path(out) / name).is_dir():
         raise InputError(f"study {name!r} in {out} is damaged: its study.toml is missing")

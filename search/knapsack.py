@@ -32,16 +32,19 @@ def solve(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> list[int] 
     one_each = np.zeros((len(sizes), starts[-1]))
     for layer, (a, b) in enumerate(pairwise(starts)):
         one_each[layer, a:b] = 1
-    rows = {
-        name: np.array([term[name] for layer in terms for term in layer], dtype=np.float64)
-        for name in limits
-    }
-    tightened = dict(limits)
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for name, limit in limits.items():
+        # relative to each layer's cheapest option: the solver then sees the differences alone
+        cheapest = [min(term[name] for term in layer) for layer in terms]
+        row = np.array(
+            [term[name] - c for layer, c in zip(terms, cheapest, strict=True) for term in layer],
+            dtype=np.float64,
+        )
+        unit = max(row.max(), 1.0)
+        constraints.append(
+            LinearConstraint(row[None] / unit, -np.inf, (limit - sum(cheapest)) / unit)
+        )
     while True:
-        constraints = [LinearConstraint(one_each, 1, 1)]
-        for name, row in rows.items():
-            unit = max(row.max(), 1.0)
-            constraints.append(LinearConstraint(row[None] / unit, -np.inf, tightened[name] / unit))
         result = milp(
             objective,
             integrality=np.ones(starts[-1]),
@@ -59,8 +62,15 @@ def solve(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> list[int] 
         ]
         if not over:
             return chosen
-        for name in over:  # the tolerance let it slip: ask for a little less
-            tightened[name] -= max(1, round(2e-6 * rows[name].max()))
+        # The tolerance let it slip. Whatever costs as much in every layer is over the limit too:
+        # at least one layer has to take something cheaper. No point within the limits is cut off.
+        for name in over:
+            as_dear = [
+                float(term[name] >= layer[o][name])
+                for layer, o in zip(terms, chosen, strict=True)
+                for term in layer
+            ]
+            constraints.append(LinearConstraint(np.array([as_dear]), -np.inf, len(sizes) - 1))
 
 
 def sweep(

@@ -47,14 +47,16 @@ class Problem:
         return task_call(self.config.task, what, function)
 
 
-def make_problem(config: StudyConfig, task: Task) -> Problem:
+def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> Problem:
     """Build the model, trace it, and check that every budget can be met.
+
+    A study must have a budget; measuring alone (`budgeted=False`) needs none.
 
     Raises InputError for a device that is not there, a task whose code fails, or a budget outside
     the reachable range.
     """
     device = pick_device(config.device)
-    budget = config.budget
+    limits = config.budget.limits() if budgeted else {}
 
     def build() -> tuple[nn.Module, list[Batch]]:
         with seeded(config.seed):
@@ -78,7 +80,6 @@ def make_problem(config: StudyConfig, task: Task) -> Problem:
     if space.size == 1:
         raise InputError("bits, act-bits: a single choice leaves nothing to search")
     costs = CostModel(model, layers, space.searched or tuple(layer.name for layer in layers))
-    limits = budget.limits()
     extremes = [
         costs.costs(space.bit_vector(point)) for point in (space.smallest(), space.largest())
     ]

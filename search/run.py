@@ -29,11 +29,13 @@ from adq.search.study import create_storage_study, run_trials
 from adq.search.task import Task
 
 RESULTS_SCHEMA = "adq-results/1"
+SEEDS = 12  # not a share of the trials: a study that is extended later keeps its seeds
 SILENT = Observer()
 
 
 def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front:
     """Run a new study. Everything that can be checked is checked before its folder appears."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = make_problem(config, task)
 
     def add_storage(folder: StudyFolder) -> None:
@@ -66,7 +68,7 @@ def _search(problem: Problem, folder: StudyFolder, fp32: Fp32, observer: Observe
     config = problem.config
     found = sensitivities(problem, fp32.model, folder, observer)
     limits = problem.costs.limits(problem.limits)
-    seeds = make_seeds(problem.space, problem.costs, limits, found, max(2, config.trials // 2))
+    seeds = make_seeds(problem.space, problem.costs, limits, found, SEEDS)
     scores = combined_scores(problem.space, found)
     sampler = BudgetSampler(problem.space, problem.costs, limits, scores, seeds, config.seed)
     records = folder.records(TRIALS)
@@ -81,13 +83,18 @@ def _search(problem: Problem, folder: StudyFolder, fp32: Fp32, observer: Observe
         )
         return record
 
+    def best() -> Record | None:
+        done = [r for r in records if r.validation is not None]
+        return best_record(done) if done else None
+
     def heard(record: Record) -> None:
+        before = best()
         if all(r.id != record.id for r in records):
             records.append(record)
             observer.step(_summary(problem, record))
-        done = [r for r in records if r.validation is not None]
-        if done:
-            observer.best(f"best so far {_summary(problem, best_record(done))}")
+        now = best()
+        if now is not None and now is not before:
+            observer.best(f"best so far {_summary(problem, now)}")
 
     if not run_trials(folder, problem, sampler, evaluate, heard):
         observer.message("no new bit vector is left under the budget: the search ends early")
@@ -146,7 +153,7 @@ def _final(
 def _uniform_around(problem: Problem) -> dict[str, BitVector]:
     """The uniform vectors on both sides of the first budget: what the front has to beat."""
     cost, limit = next(iter(problem.limits.items()))
-    widths = sorted({b for layer in problem.space.layers for b in layer.weight})
+    widths = problem.space.weight_choices
     vectors = {b: problem.space.bit_vector(problem.space.uniform(b)) for b in widths}
     value = {b: getattr(problem.costs.costs(v), cost) for b, v in vectors.items()}
     below = [b for b in widths if value[b] <= limit][-1:]

@@ -14,7 +14,8 @@ from adq.proxies.costs import CostModel
 from adq.search.seeds import Point, fits
 from adq.search.space import Option, Space, act_order, option_terms
 
-MUTATIONS = 1000
+MUTATIONS = 100
+VISITS = 100_000  # of a tree search that needs at most layers · (trials + 1) of them in practice
 
 
 class BudgetSampler(BaseSampler):
@@ -104,8 +105,8 @@ class BudgetSampler(BaseSampler):
         return point
 
     def fresh(self, point: Point, taken: set[str], rng: np.random.Generator) -> Point:
-        """A point within the budgets that is not taken, near `point`; `point` itself if a
-        thousand mutations find none, which the study reads as "the space is exhausted"."""
+        """A point within the budgets that is not taken, near `point` if mutations find one;
+        `point` itself if there is none, which the study reads as "the space is exhausted"."""
         found = point
         for attempt in range(MUTATIONS):
             if _key(found) not in taken:
@@ -116,7 +117,33 @@ class BudgetSampler(BaseSampler):
                 options = self.space.layers[i].options
                 mutated[i] = options[rng.integers(len(options))]
             found = self.repair(mutated)
-        return point
+        return self._any_fresh(taken, rng) or point
+
+    def _any_fresh(self, taken: set[str], rng: np.random.Generator) -> Point | None:
+        """Some point within the budgets that is not taken, by depth-first search in random order.
+
+        A branch is entered when its cheapest completion is within every limit.
+        """
+        least = [dict.fromkeys(self.limits, 0)]  # of the layers from i on
+        for terms in reversed(self._terms):
+            least.insert(
+                0, {n: least[0][n] + min(t[n] for t in terms.values()) for n in self.limits}
+            )
+        stack: list[tuple[Point, dict[str, int]]] = [([], dict.fromkeys(self.limits, 0))]
+        for _ in range(VISITS):
+            if not stack:
+                break
+            chosen, totals = stack.pop()
+            i = len(chosen)
+            if i < len(self.space.layers):
+                options = self.space.layers[i].options
+                for option in (options[o] for o in rng.permutation(len(options))):
+                    sums = {n: total + self._terms[i][option][n] for n, total in totals.items()}
+                    if all(sums[n] + least[i + 1][n] <= limit for n, limit in self.limits.items()):
+                        stack.append(([*chosen, option], sums))
+            elif _key(chosen) not in taken:
+                return chosen
+        return None
 
 
 def _lower(weight: tuple[int, ...], act: tuple[int, ...], option: Option) -> list[Option]:

@@ -69,7 +69,7 @@ def make_seeds(
         ]
         for s in sensitivities
     ]
-    uniform = [space.uniform(b) for b in sorted({b for la in space.layers for b in la.weight})]
+    uniform = [space.uniform(b) for b in space.weight_choices]
     seeds: list[Point] = []
     for points in zip_longest(*sweeps, uniform[::-1]):
         for point in points:

@@ -45,6 +45,12 @@ class Space:
         return tuple(layer.name for layer in self.layers if len(layer.weight) > 1)
 
     @property
+    def weight_choices(self) -> tuple[int, ...]:
+        """The weight bits that a layer which is not pinned may get, fewest first."""
+        free = (layer for layer in self.layers if len(layer.weight) * len(layer.act) > 1)
+        return tuple(sorted({bits for layer in free for bits in layer.weight}))
+
+    @property
     def size(self) -> int:
         return prod(len(layer.weight) * len(layer.act) for layer in self.layers)
 

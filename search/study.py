@@ -1,14 +1,17 @@
 """Ask, evaluate, tell, resume: the one place that touches the Optuna storage."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import optuna
 import sqlalchemy.exc
-from optuna.exceptions import OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from sqlalchemy import make_url
 
 from adq.quant.errors import InputError
 from adq.quant.spec import BitVector
@@ -18,6 +21,7 @@ from adq.search.problem import Problem
 from adq.search.sampler import BudgetSampler
 
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
+EXHAUSTED = "exhausted"
 
 
 @contextmanager
@@ -48,8 +52,38 @@ def create_storage_study(folder: StudyFolder, problem: Problem, name: str) -> No
             raise InputError(
                 f"storage {url} has a study {name!r} already: choose another name with --study"
             ) from None
-        study.set_metric_names([problem.task.metric_name, *problem.objectives])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names([problem.task.metric_name, *problem.objectives])
         storage.engine.dispose()
+        _require_file(url)
+
+
+def _load_study(folder: StudyFolder, sampler: BudgetSampler) -> optuna.Study:
+    url, name = folder.storage_url, folder.config.study
+    _require_file(url)
+    try:
+        storage = RDBStorage(url)
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    except KeyError:
+        raise InputError(
+            f"storage {url} has no study {name!r}: restore it, or give another --storage"
+        ) from None
+
+
+def _require_file(url: str) -> None:
+    """Raise InputError where SQLite would make an empty database, or keep one in memory only."""
+    parsed = make_url(url)
+    path = parsed.database or ":memory:"
+    if (
+        parsed.get_backend_name() == "sqlite"
+        and not path.startswith("file:")
+        and not Path(path).is_file()
+    ):
+        raise InputError(
+            f"storage {url} cannot be used: there is no file {path}; restore it, or give another "
+            "--storage"
+        )
 
 
 def run_trials(
@@ -69,9 +103,8 @@ def run_trials(
     True when all trials ran, False when the space has no new point left.
     """
     with storage_errors(folder.storage_url):
-        study = optuna.load_study(
-            study_name=folder.config.study, storage=RDBStorage(folder.storage_url), sampler=sampler
-        )
+        study = _load_study(folder, sampler)
+        limits = problem.costs.limits(problem.limits)
         distributions = problem.space.distributions()
         while True:
             trials = study.get_trials(deepcopy=False)
@@ -79,6 +112,8 @@ def run_trials(
             running = [t for t in trials if t.state == TrialState.RUNNING]
             if running:
                 trial = optuna.trial.Trial(study, running[0]._trial_id)
+            elif EXHAUSTED in study.user_attrs:
+                return False
             elif len(finished) < problem.config.trials:
                 trial = study.ask()
             else:
@@ -86,6 +121,7 @@ def run_trials(
             for name, distribution in distributions.items():
                 trial.suggest_categorical(name, distribution.choices)
             if any(t.params == trial.params for t in finished):
+                study.set_user_attr(EXHAUSTED, True)  # else each resumption would ask once more
                 study.tell(trial, state=TrialState.FAIL)
                 return False
             bits = problem.space.bit_vector(problem.space.decode(trial.params))
@@ -94,8 +130,10 @@ def run_trials(
             if record is None or record.bits != bits:
                 record = evaluate(id, bits)
                 folder.write_record(TRIALS, record)
-            for name, limit in problem.limits.items():
-                trial.set_constraint(name, getattr(record.costs, name) - limit)
+            totals, told = problem.costs.totals(bits), trial.constraints
+            for name, limit in limits.items():  # whole numbers: on the budget is within it
+                if name not in told:
+                    trial.set_constraint(name, totals[name] - limit)
             if record.validation is None:
                 study.tell(trial, state=TrialState.FAIL)
             else:

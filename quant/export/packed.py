@@ -9,10 +9,12 @@ Tensors, for each quantized layer L with n weights of b bits in C output channel
     L.input.scale       float32  (1,)            input = scale · (#{thresholds <= x} − zero_point)
     L.input.zero_point  float32  (1,)
 
-and every other parameter and buffer under its own name. The file's metadata has one entry,
+and every other parameter and buffer under its own name. The file's metadata has two entries.
 `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector) and what the writer adds.
+`sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths only.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +83,27 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
             own.add(f"{name}.{INPUT_QUANTIZER}.")
     for key, value in model.state_dict().items():
         if not key.startswith(tuple(own)):
-            tensors[key] = value
+            tensors[key] = value.clone()  # tied parameters share memory, which safetensors refuses
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
 def save_packed(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back."""
-    header = {"schema": SCHEMA, "bits": bits_of(model).to_json(), **metadata}
+    header = json.dumps({"schema": SCHEMA, "bits": bits_of(model).to_json(), **metadata})
+    tensors = packed_tensors(model)
     with atomic_path(path) as temporary:
-        save_file(packed_tensors(model), temporary, {"adq": json.dumps(header)})
+        try:
+            save_file(tensors, temporary, {"adq": header, "sha256": _digest(header, tensors)})
+        except SafetensorError as error:  # how safetensors reports what the disk refuses
+            raise InputError(f"cannot write {path}: {error}") from None
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,11 +116,13 @@ class _File:
 def _read(path: str | Path) -> _File:
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("adq")
+            stored = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-        if header is None:
+        if "adq" not in stored:
             raise InputError(f"{path}: a safetensors file, but not one that adq wrote")
-        metadata = json.loads(header)
+        if stored.get("sha256") != _digest(stored["adq"], tensors):
+            raise InputError(f"{path} is damaged: its content does not match its checksum")
+        metadata = json.loads(stored["adq"])
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable adq model ({error})") from None
     if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:

@@ -1,0 +1,43 @@
+# `make demo` and `make test` need Python 3.11 or newer (with its venv module), make and git.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TYPES  := build/types
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	$(BIN)/adq-search --budget-bits 2.8
+
+test: $(VENV)/.installed-test lint types
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not know setuptools' package-dir: it gets the packages laid out as they are installed.
+types: $(VENV)/.installed-test
+	rm -rf $(TYPES)
+	mkdir -p $(TYPES)/adq
+	ln -s $(CURDIR)/adq/*.py $(TYPES)/adq/
+	ln -s $(CURDIR)/quant $(CURDIR)/proxies $(CURDIR)/search $(TYPES)/adq/
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p adq
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; name another one: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) lacks its venv module; on Debian: apt-get install python3-venv"; exit 2; }
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

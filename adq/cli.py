@@ -1,0 +1,319 @@
+"""The command line: parse, build one configuration, call the API, print.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 something the user can
+mend (one line says what), 130 interrupted. Heavy imports happen inside the commands.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adq.quant.errors import InputError
+from adq.search.config import OPTIONS, make_config, option_name, read_toml
+
+if TYPE_CHECKING:
+    from adq.search.folder import StudyFolder
+    from adq.search.front import Front
+    from adq.search.observer import Observer
+
+app = typer.Typer(
+    name="adq-search",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_TYPES = {"text": str, "whole": int, "number": float, "weight-bits": str, "act-bits": str}
+
+Name = Annotated[str, typer.Argument(help="the study's name, or the path of its folder")]
+Out = Annotated[str | None, typer.Option("--out", help="the folder that holds the studies")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", help="a study file (TOML) with the same names as keys")
+]
+
+
+def _with_study_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**values` one option for each field of StudyConfig."""
+    own = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD
+    ]
+    generated = []
+    for f in OPTIONS.values():
+        default = f.default
+        if default is not None:
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f.metadata["help"] + ("" if default is None else f" [{shown}]")
+        option = typer.Option(f"--{option_name(f)}", help=text, show_default=False)
+        kind = _TYPES[f.metadata["kind"]]
+        generated.append(
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    parameters = [*own, *generated]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+@app.callback(invoke_without_command=True)
+@_with_study_options
+def run(
+    context: typer.Context, config: ConfigFile = None, as_json: Json = False, **values: Any
+) -> None:
+    """Search the bits of every layer of a trained PyTorch model under a budget.
+
+    Prints the Pareto front of accuracy against cost and keeps everything in a study folder, for
+    example: adq-search --budget-bits 2.8
+    """
+    if context.invoked_subcommand is not None:
+        extra = [name for name, value in values.items() if value is not None and name != "out"]
+        if extra or config or as_json:
+            raise InputError(
+                f"options before '{context.invoked_subcommand}': only --out; put the others "
+                "behind it"
+            )
+        context.obj = values["out"]
+        return
+    from adq.search.run import start
+    from adq.search.task import load_task
+
+    resolved = make_config(read_toml(config) if config else {}, values)
+    resolved.budget  # noqa: B018 (a missing budget is said before anything is loaded)
+    task = load_task(resolved.task, resolved.model)
+    with _observer() as observer:
+        front = start(resolved, task, observer)
+    _print_front(front, as_json)
+
+
+@app.command()
+def resume(
+    context: typer.Context,
+    name: Name,
+    trials: Annotated[int | None, typer.Option("--trials", help="raise the trials to this")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a study that was stopped to its end, or extend a finished one."""
+    from adq.search.api import resume
+
+    with _observer() as observer:
+        front = resume(name, out=_out(context, out), trials=trials, observer=observer)
+    _print_front(front, as_json)
+
+
+@app.command("list")
+def list_(context: typer.Context, out: Out = None, as_json: Json = False) -> None:
+    """List the studies and how far each is."""
+    from adq.search.folder import list_studies
+
+    rows = [_row(folder) for folder in list_studies(_out(context, out))]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        _print_table(["study", "task", "status"], [list(row.values()) for row in rows])
+    else:
+        print(f"no studies in {_out(context, out)}")
+
+
+def _row(folder: "StudyFolder") -> dict[str, str]:
+    try:
+        return {"study": folder.name, "task": folder.config.task, "status": folder.status()}
+    except InputError as error:  # one damaged study must not hide the others
+        return {"study": folder.name, "task": "?", "status": f"damaged: {error}"}
+
+
+@app.command()
+def show(context: typer.Context, name: Name, out: Out = None, as_json: Json = False) -> None:
+    """Show a study: its configuration, how far it is, and its front when it is finished."""
+    from adq.search.folder import open_study
+    from adq.search.run import load_front
+
+    folder = open_study(_out(context, out), name)
+    config, status = folder.config, folder.status()
+    front = load_front(folder) if status == "finished" else None
+    if as_json:
+        from dataclasses import asdict
+
+        data = {
+            **_row(folder),
+            "config": asdict(config),
+            "front": None if front is None else front.to_json(),
+            "best": None if front is None else front.best.id,
+        }
+        print(json.dumps(data, indent=1))
+        return
+    print(f"{folder.name}: {status}\n\n{config.to_toml()}")
+    if front is not None:
+        _print_front(front, as_json=False)
+
+
+@app.command()
+def pareto(
+    context: typer.Context,
+    name: Name,
+    format: Annotated[str, typer.Option("--format", help="json, csv, png or html")] = "json",
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            help="the file to write, stdout if not given; a folder that holds NAME is where the "
+            "study is looked for, as with the other commands",
+        ),
+    ] = None,
+) -> None:
+    """Write a finished study's front."""
+    from adq.quant.files import atomic_path
+    from adq.search.folder import open_study
+    from adq.search.report import FORMATS, render
+    from adq.search.run import load_front
+
+    if format not in FORMATS:
+        raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    root = _out(context, None)
+    if out is not None and (Path(out) / name).is_dir():
+        root, out = out, None
+    folder = open_study(root, name)
+    content = render(folder, load_front(folder), format)
+    if out is not None:
+        with atomic_path(Path(out)) as temporary:
+            temporary.write_bytes(content)
+    elif format == "png" and sys.stdout.isatty():
+        raise InputError("a PNG is no text for a terminal: name a file with --out FILE")
+    else:
+        sys.stdout.buffer.write(content)
+
+
+@app.command()
+@_with_study_options
+def sensitivity(
+    context: typer.Context, config: ConfigFile = None, as_json: Json = False, **values: Any
+) -> None:
+    """Measure how much each layer suffers at each bit-width, without a search."""
+    import tempfile
+
+    from adq.search.folder import StudyFolder
+    from adq.search.fp32 import fp32_model
+    from adq.search.problem import make_problem
+    from adq.search.sensitivity import SCHEMA, rows, sensitivities
+    from adq.search.task import load_task
+
+    values["out"] = _out(context, values["out"]) if values["out"] or context.obj else None
+    resolved = make_config(read_toml(config) if config else {}, values)
+    problem = make_problem(resolved, load_task(resolved.task, resolved.model), budgeted=False)
+    root = Path(resolved.out)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=root)
+    except OSError as error:
+        raise InputError(f"cannot write in {root}: {error.strerror}") from None
+    with scratch as path, _observer() as observer:
+        folder = StudyFolder(Path(path))
+        model = fp32_model(problem, folder, observer).model
+        found = sensitivities(problem, model, folder, observer)
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, "proxies": [s.to_json() for s in found]}, indent=1))
+        return
+    print("expected loss increase when one layer alone is quantized, ± standard error")
+    for proxy in found:
+        for kind in ("weight", "act"):
+            of_kind = [r for r in rows([proxy]) if r[1] == kind]
+            if of_kind:
+                bits = sorted({r[3] for r in of_kind})
+                table: dict[str, list[str]] = {}
+                for _, _, layer, _, score, stderr in of_kind:
+                    table.setdefault(layer, [layer]).append(f"{score:.2e} ± {stderr:.0e}")
+                print(f"\n{proxy.proxy}, {kind} bits ({proxy.samples} samples)")
+                _print_table(["layer", *map(str, bits)], list(table.values()))
+
+
+def _out(context: typer.Context, own: str | None) -> str:
+    """The studies' folder: the subcommand's own --out, else the one given before it."""
+    return own or context.obj or str(OPTIONS["out"].default)
+
+
+@contextmanager
+def _observer() -> "Iterator[Observer]":
+    from rich.console import Console
+
+    from adq.console import BarObserver, PlainObserver
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with BarObserver(console) as observer:
+            yield observer
+    else:
+        yield PlainObserver()
+
+
+def _print_front(front: "Front", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(front.to_json(), indent=1))
+        return
+    metric = f"test {front.metric_name}"
+    rows = [["FP32", "32", "32", "", "", f"{front.fp32_metric:.4f}"]]
+    for point in (*front.uniform, *front.points):
+        rows.append(
+            [
+                point.id + (" (best)" if point.id == front.best.id else ""),
+                f"{point.average_bits:.3f}",
+                f"{point.average_bits_searched:.3f}",
+                f"{point.size_bytes / 1e3:.1f}",
+                f"{point.bops / 1e9:.4g}",
+                f"{point.metric:.4f} ± {point.metric_stderr:.4f}",
+            ]
+        )
+    header = ["model", "average bits", "searched layers", "kB", "GBOPs", metric]
+    print(f"\nPareto front of study {front.study}, chosen by validation, reported on test:")
+    _print_table(header, rows)
+    print(f"best under the budget: {front.best.id}, in {front.folder}/best.safetensors")
+    print(f"report: {front.folder}/report.html")
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # a file or a pipe has no width to fold at
+    console.print(table, highlight=False, markup=False)
+
+
+def main() -> None:
+    """The entry point of `adq-search`."""
+    # Spinning OpenMP threads make two busy processes ten times slower; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error))
+    except typer.TyperException as error:
+        code = _fail(error.format_message())
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        print("interrupted: nothing finished is lost; 'adq-search list' names the study and "
+              "'adq-search resume NAME' goes on", file=sys.stderr)  # fmt: skip
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,80 @@
+"""Progress on the terminal: bars where there is one, plain lines where there is none. On stderr."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from adq.search.observer import Observer
+
+
+class PlainObserver(Observer):
+    """One line a step: seconds since the start, stage, how far, what came of it."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._stage, self._done, self._total = "", 0, 0
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage, self._done, self._total = name, 0, total
+
+    def step(self, note: str = "") -> None:
+        self._done += 1
+        self.message(f"{self._stage} {self._done}/{self._total} {note}".rstrip())
+
+    def best(self, text: str) -> None:
+        self.message(text)
+
+    def message(self, text: str) -> None:
+        seconds = time.monotonic() - self._started
+        print(f"[{seconds:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+class BarObserver(Observer):
+    """A bar a stage, with the last note, and below them the best result so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:15}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+        )
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> "BarObserver":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self._bar = self._progress.add_task(name, total=total, note="")
+
+    def step(self, note: str = "") -> None:
+        if self._bar is not None:
+            self._progress.update(self._bar, advance=1, note=note)
+
+    def best(self, text: str) -> None:
+        if self._bar is not None:
+            self._progress.update(self._bar, note=text)
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)

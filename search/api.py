@@ -1,0 +1,70 @@
+"""The search as a Python function."""
+
+from pathlib import Path
+from typing import Any
+
+from adq.quant.errors import InputError
+from adq.search.budget import Budget
+from adq.search.config import StudyConfig, make_config
+from adq.search.folder import open_study
+from adq.search.front import Front
+from adq.search.observer import Observer
+from adq.search.run import SILENT, start
+from adq.search.run import resume as run_on
+from adq.search.task import Task, load_task
+
+IN_PYTHON = "python"
+"""What a configuration calls a task that was given as an object."""
+
+
+def search(
+    task: Task | str = "digits",
+    budget: Budget | None = None,
+    *,
+    observer: Observer = SILENT,
+    **options: Any,
+) -> Front:
+    """Search bit vectors for `task` under `budget`; returns the Pareto front of the final models.
+
+    `task` is a Task, or text as for `--task`. `options` are the fields of StudyConfig (`trials`,
+    `epochs`, `bits`, `act_bits`, `seed`, `study`, `out`, ...). The study is kept in a folder, as
+    with the command line: `Front.folder` says where.
+
+    Raises InputError for anything the caller can mend.
+    """
+    name = task if isinstance(task, str) else IN_PYTHON
+    limits = {} if budget is None else {f"budget_{k}": v for k, v in vars(budget).items()}
+    config = make_config(options, limits, {"task": name})
+    return start(config, _task(config, task), observer)
+
+
+def resume(
+    name: str,
+    task: Task | None = None,
+    *,
+    out: str | Path = "runs",
+    trials: int | None = None,
+    observer: Observer = SILENT,
+) -> Front:
+    """Bring the study `name` to its end; returns its front.
+
+    `task` is needed when the study was started with a Task object. `trials` raises the number of
+    candidates, and so extends a finished study.
+
+    Raises InputError when there is no such study, or when it is damaged.
+    """
+    folder = open_study(out, name)
+    if trials is not None:
+        folder.extend(trials)
+    return run_on(folder, _task(folder.config, task), observer)
+
+
+def _task(config: StudyConfig, given: Task | str | None) -> Task:
+    if isinstance(given, Task):
+        return given
+    if config.task == IN_PYTHON:
+        raise InputError(
+            "this study's task was given as a Python object: resume it from Python, with "
+            "adq.resume(name, task)"
+        )
+    return load_task(config.task, config.model)

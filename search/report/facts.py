@@ -1,0 +1,98 @@
+"""Everything that a report shows, read once from the study's folder."""
+
+from dataclasses import dataclass
+
+from adq.proxies.base import Sensitivity
+from adq.proxies.costs import Costs
+from adq.quant.errors import InputError
+from adq.quant.evaluate import Evaluation
+from adq.quant.files import read_json
+from adq.quant.spec import BitVector
+from adq.search.candidate import Record
+from adq.search.config import StudyConfig
+from adq.search.folder import FINAL, TRIALS, StudyFolder
+from adq.search.front import Front, Point
+from adq.search.report.units import UNITS, Unit, metric_format
+from adq.search.sensitivity import load_sensitivities
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A front and the records behind it.
+
+    `trials` are in the order of their numbers; `finals` maps an id to its final record;
+    `fp32` is measured on the test split, `fp32_validation` on the other.
+    """
+
+    front: Front
+    config: StudyConfig
+    fp32: Evaluation
+    fp32_validation: Evaluation
+    trials: tuple[Record, ...]
+    finals: dict[str, Record]
+    proxies: tuple[Sensitivity, ...]
+
+    @property
+    def cost(self) -> str:
+        """The first objective: the cost that the charts are drawn against."""
+        return next(iter(self.config.budget.limits()))
+
+    @property
+    def unit(self) -> Unit:
+        return UNITS[self.cost]
+
+    @property
+    def limit(self) -> float:
+        """The budget of `cost`, in the cost's own unit."""
+        return self.config.budget.limits()[self.cost]
+
+    @property
+    def layers(self) -> list[str]:
+        """The quantized layers in the order in which the model runs them."""
+        return list(self.front.points[0].weight_bits)
+
+    @property
+    def metric_format(self) -> str:
+        shown = (*self.front.points, *self.front.uniform, self.fp32)
+        return metric_format(each.metric_stderr for each in shown)
+
+    def cost_of(self, costs: Point | Costs) -> float:
+        """`cost` of a model, in the cost's own unit."""
+        return float(getattr(costs, self.cost))
+
+    def final_of(self, point: Point) -> Record | None:
+        """The record behind a point; a uniform model that is on the front has its twin's."""
+        return self.finals.get(point.id) or next(
+            (
+                record
+                for record in self.finals.values()
+                if record.bits == BitVector(point.weight_bits, point.act_bits)
+            ),
+            None,
+        )
+
+    def metric_text(self, metric: float, stderr: float) -> str:
+        """Like `0.9711 ± 0.0079`, with the same decimals everywhere."""
+        return f"{metric:{self.metric_format}} ± {stderr:{self.metric_format}}"
+
+
+def read_facts(folder: StudyFolder, front: Front) -> Facts:
+    """The facts of a study whose final training is done.
+
+    Raises InputError when a file is missing or damaged.
+    """
+    path = folder.file("fp32.json")
+    data = read_json(path)
+    try:
+        fp32, validation = Evaluation(**data["test"]), Evaluation(**data["validation"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    return Facts(
+        front=front,
+        config=folder.config,
+        fp32=fp32,
+        fp32_validation=validation,
+        trials=tuple(sorted(folder.records(TRIALS), key=lambda record: int(record.id))),
+        finals={record.id: record for record in folder.records(FINAL)},
+        proxies=tuple(load_sensitivities(folder)),
+    )

@@ -1,0 +1,162 @@
+"""The chart of the front: test metric against the first cost."""
+
+from typing import Any
+
+import altair as alt
+
+from adq.search.front import Point
+from adq.search.report.facts import Facts
+from adq.search.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, number_axis, rows
+from adq.search.report.units import UNITS, padded
+
+WIDTH, HEIGHT = 640, 300
+Pixel = tuple[float, float]
+HALO = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
+"""Drawn under a text, so that it can be read across lines."""
+
+
+def front_chart(facts: Facts, width: int = WIDTH) -> alt.LayerChart:
+    """Points with ±1 standard error, the best one, uniform models, FP32 and the budget.
+
+    The names of marks stand where they can't meet: in the legend above, FP32's right of the plot,
+    the budget's on top of it, uniform models' beside them (those differ by a whole bit).
+    """
+    front, unit = facts.front, facts.unit
+    best = f"best by validation, {front.best.id}"
+    points = [_row(facts, p, best if p.id == front.best.id else "front") for p in front.points]
+    uniform = [_row(facts, p, "the same bits in every searched layer") for p in front.uniform]
+    costs = [row["cost"] for row in points + uniform]
+    metrics = [row[end] for row in points + uniform for end in ("low", "high")]
+    across = padded([*costs, unit.value(facts.limit)])
+    x = number_axis(alt.X, "cost", unit.title, across, tickCount=8)
+    up = padded([*metrics, facts.fp32.metric])
+    y = number_axis(alt.Y, "metric", f"test {front.metric_name}", up, tickCount=6)
+    pixels = [
+        (_pixel(row["cost"], across, width), _pixel(row["metric"], up[::-1], HEIGHT))
+        for row in uniform + points
+    ]
+    return alt.layer(
+        *_reference_lines(facts, x, y, width),
+        *_models(facts, points, uniform, best, x, y),
+        *_names(uniform, pixels, width, x, y),
+    ).properties(width=width, height=HEIGHT)
+
+
+def _row(facts: Facts, point: Point, kind: str) -> dict[str, Any]:
+    return {
+        "point": point.id,
+        "kind": kind,
+        "cost": facts.unit.value(facts.cost_of(point)),
+        "metric": point.metric,
+        "low": point.metric - point.metric_stderr,
+        "high": point.metric + point.metric_stderr,
+        "metric_text": facts.metric_text(point.metric, point.metric_stderr),
+    } | {
+        name: unit.number(cost)
+        for name, unit in UNITS.items()
+        if (cost := getattr(point, name)) is not None
+    }
+
+
+def _models(
+    facts: Facts,
+    points: list[dict[str, Any]],
+    uniform: list[dict[str, Any]],
+    best: str,
+    x: alt.X,
+    y: alt.Y,
+) -> list[alt.Chart]:
+    """The line of the front, error bars, and one mark a model."""
+    looks = {"front": (BLUE, "circle"), best: (ORANGE, "circle")}
+    looks |= {row["kind"]: (GREEN, "diamond") for row in uniform}
+    if len(points) == 1:
+        del looks["front"]  # the only point is the best one
+    colours, shapes = zip(*looks.values(), strict=True)
+    legend = alt.Legend(title=None, orient="top", labelLimit=0, columnPadding=18, offset=24)
+
+    def domain(range: tuple[str, ...]) -> dict[str, Any]:
+        return {"legend": legend, "scale": alt.Scale(domain=list(looks), range=list(range))}
+
+    colour = alt.Color("kind", type="nominal", **domain(colours))
+    shape = alt.Shape("kind", type="nominal", **domain(shapes))
+    texts = {"point": "model", "metric_text": f"test {facts.front.metric_name}"}
+    texts |= {name: unit.title for name, unit in UNITS.items() if name in points[0]}
+    tooltip = [alt.Tooltip(name, type="nominal", title=title) for name, title in texts.items()]
+
+    on_front, beside = alt.Chart(rows(points)), alt.Chart(rows(uniform))
+    the_best = alt.Chart(rows(row for row in points if row["kind"] == best))
+    bar = {"y": alt.Y("low", type="quantitative"), "y2": alt.Y2("high")}
+    return [
+        on_front.mark_line(color=BLUE, strokeWidth=1.5, opacity=0.6).encode(x, y),
+        alt.Chart(rows(points + uniform))
+        .mark_rule(strokeWidth=1.5, opacity=0.55)
+        .encode(x, colour, **bar),
+        beside.mark_point(size=280, strokeWidth=2.2, opacity=1).encode(
+            x, y, colour, shape, tooltip=tooltip
+        ),
+        on_front.mark_point(filled=True, size=90, opacity=1).encode(
+            x, y, colour, shape, tooltip=tooltip
+        ),
+        the_best.mark_point(size=260, strokeWidth=2.2, color=ORANGE, opacity=1).encode(x, y),
+    ]
+
+
+def _pixel(value: float, domain: list[float], length: int) -> float:
+    return length * (value - domain[0]) / (domain[1] - domain[0])
+
+
+def _names(
+    uniform: list[dict[str, Any]], pixels: list[Pixel], width: int, x: alt.X, y: alt.Y
+) -> list[alt.Chart]:
+    """Names beside the uniform models, whose marks are the first of `pixels`."""
+    charts = []
+    for row, place in zip(uniform, pixels, strict=False):
+        right, down = free_corner(place, len(row["point"]) * 7, pixels, width)
+        for style in (HALO, {"color": GREEN}):
+            mark = alt.Chart(rows([row])).mark_text(
+                align="left" if right > 0 else "right",
+                baseline="middle",
+                dx=13 * right,
+                dy=12 * down,
+                fontSize=12,
+                **style,
+            )
+            charts.append(mark.encode(x, y, text=alt.Text("point", type="nominal")))
+    return charts
+
+
+def free_corner(place: Pixel, length: int, marks: list[Pixel], width: int) -> tuple[int, int]:
+    """(right or left, below or above) as ±1: where a name of `length` pixels meets fewest marks.
+
+    Corners where it would leave the plot are not considered; both sides of a plot never are.
+    """
+
+    def met(corner: tuple[int, int]) -> int:
+        right, down = corner
+        middle = place[0] + right * (13 + length / 2), place[1] + down * 12
+        return sum(
+            abs(mark[0] - middle[0]) < length / 2 + 10 and abs(mark[1] - middle[1]) < 16
+            for mark in marks
+            if mark != place
+        )
+
+    sides = [right for right in (1, -1) if 0 < place[0] + right * (13 + length) < width]
+    return min(((right, down) for right in sides for down in (1, -1)), key=met)
+
+
+def _reference_lines(facts: Facts, x: alt.X, y: alt.Y, width: int) -> list[alt.Chart]:
+    """FP32 as a line across, the budget as a line down, each with its name outside the plot."""
+    metric, limit = facts.fp32.metric, facts.unit.value(facts.limit)
+    fp32 = alt.Chart(rows([{"metric": metric, "name": f"FP32 {metric:{facts.metric_format}}"}]))
+    budget = alt.Chart(rows([{"cost": limit, "name": f"budget {limit:,.10g}"}]))
+    name = alt.Text("name", type="nominal")
+    return [
+        fp32.mark_rule(color=GREY, strokeWidth=1.5, strokeDash=[6, 4]).encode(y),
+        fp32.mark_text(color=GREY, align="left", dx=6, fontSize=12).encode(
+            y, x=alt.value(width), text=name
+        ),
+        budget.mark_rule(color=PURPLE, strokeWidth=1.5, strokeDash=[2, 3]).encode(x),
+        budget.mark_text(color=PURPLE, baseline="bottom", dy=-4, fontSize=12).encode(
+            x, y=alt.value(0), text=name
+        ),
+    ]

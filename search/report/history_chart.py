@@ -1,0 +1,72 @@
+"""The chart of the search: validation metric of each trial, and the best so far."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import altair as alt
+
+from adq.search.candidate import Record
+from adq.search.report.facts import Facts
+from adq.search.report.theme import INK, ORANGE, RAMP, number_axis, rows
+from adq.search.report.units import padded
+
+WIDTH, HEIGHT = 640, 260
+
+
+def running_best(trials: Sequence[Record]) -> Iterator[tuple[int, float]]:
+    """(trial number, highest validation metric until then), from the first success on."""
+    best: float | None = None
+    for record in trials:
+        if record.validation is not None:
+            metric = record.validation.metric
+            best = metric if best is None else max(best, metric)
+        if best is not None:
+            yield int(record.id), best
+
+
+def history_chart(facts: Facts) -> alt.LayerChart:
+    """Trials coloured by cost, the best so far as steps, failed trials as crosses at the bottom."""
+    unit, name = facts.unit, f"validation {facts.front.metric_name}"
+    done = [_row(facts, r) for r in facts.trials if r.validation is not None]
+    failed = [_row(facts, r) for r in facts.trials if r.validation is None]
+    best = [{"trial": number, "metric": metric} for number, metric in running_best(facts.trials)]
+    last = max(int(record.id) for record in facts.trials)
+    x = number_axis(
+        alt.X, "trial", "trial", [-0.5, last + 0.5], format="d", tickMinStep=1, grid=False
+    )
+    y = number_axis(alt.Y, "metric", name, padded((r["metric"] for r in done), 0.14), tickCount=6)
+    colour = alt.Color(
+        "cost",
+        type="quantitative",
+        scale=alt.Scale(domain=padded((r["cost"] for r in done), 0.0), range=RAMP),
+        legend=alt.Legend(title=unit.title, orient="top", gradientLength=260),
+    )
+
+    def tooltip(**others: str) -> list[alt.Tooltip]:
+        texts = {"trial": "trial", "cost_text": unit.title} | others
+        return [alt.Tooltip(key, type="nominal", title=title) for key, title in texts.items()]
+
+    return alt.layer(
+        alt.Chart(rows(best))
+        .mark_line(interpolate="step-after", color=INK, opacity=0.6)
+        .encode(x, y),
+        alt.Chart(rows(done))
+        .mark_point(filled=True, size=75, opacity=1)
+        .encode(x, y, colour, tooltip=tooltip(metric_text=name)),
+        alt.Chart(rows(failed))
+        .mark_point(shape="cross", angle=45, filled=True, size=90, color=ORANGE, opacity=1)
+        .encode(x, y=alt.value(HEIGHT - 10), tooltip=tooltip(error="error")),
+    ).properties(width=WIDTH, height=HEIGHT)
+
+
+def _row(facts: Facts, record: Record) -> dict[str, Any]:
+    cost, found = facts.cost_of(record.costs), record.validation
+    row = {
+        "trial": int(record.id),
+        "cost": facts.unit.value(cost),
+        "cost_text": facts.unit.number(cost),
+    }
+    if found is None:
+        return row | {"error": record.error}
+    text = facts.metric_text(found.metric, found.metric_stderr)
+    return row | {"metric": found.metric, "metric_text": text}

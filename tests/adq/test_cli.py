@@ -1,0 +1,333 @@
+"""The command line as a user meets it: results on stdout, one line and exit code 2 on bad input."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from adq.cli import main
+
+TESTS = Path(__file__).parents[1]
+QUICK = [
+    "--task", "tiny_task:make_task", "--bits", "2,4", "--trials", "3", "--epochs", "1",
+    "--final-epochs", "1", "--device", "cpu",
+]  # fmt: skip
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Terminal:
+    """Runs commands in one folder, in this process: imports are paid once."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> Done:
+        self.monkeypatch.setattr(sys, "argv", ["adq-search", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = self.capsys.readouterr()  # type: ignore[attr-defined]
+        return Done(int(stopped.value.code or 0), printed.out, printed.err)
+
+    def refused(self, *arguments: str) -> str:
+        """The one line of an error that a user can mend."""
+        done = self(*arguments)
+        lines = [line for line in done.err.splitlines() if not line.startswith("[")]
+        assert (done.code, done.out, len(lines)) == (2, "", 1), done
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture
+def terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished study, `runs/done`, made by the real command."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(TESTS / "tiny_task.py", folder)
+    command = [Path(sys.executable).with_name("adq-search"), "--budget-bits", "3.5", *QUICK]
+    done = subprocess.run(
+        [*command, "--study", "done", "--json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.json").write_text(done.stdout)
+    (folder / "progress.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def with_study(terminal: Terminal, finished: Path) -> Terminal:
+    shutil.copytree(finished / "runs", terminal.folder / "runs")
+    return terminal
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every file below a folder with a hash of its content; locks are empty and come and go."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['adq-search', '--help']\n"
+        "from adq.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'optuna', 'ray', 'sklearn', 'altair', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("resume", "list", "show", "pareto", "sensitivity", "--budget-bits", "--act-bits"):
+        assert word in done.stdout
+
+
+def test_importing_adq_loads_nothing_heavy() -> None:
+    code = "import sys, adq; assert not {'torch', 'optuna', 'ray', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_prints_the_front_as_json_and_progress_as_plain_lines(finished: Path) -> None:
+    printed = json.loads((finished / "printed.json").read_text())
+    assert printed == json.loads((finished / "runs/done/front.json").read_text())
+    progress = (finished / "progress.txt").read_text()
+    assert "search 3/3" in progress
+    assert "best so far" in progress
+    assert "\x1b" not in progress  # no terminal, no escape codes
+
+
+def test_show_and_list_name_the_study_and_its_best_point(with_study: Terminal) -> None:
+    front = json.loads((with_study.folder / "runs/done/front.json").read_text())
+    shown = json.loads(with_study("show", "done", "--json").out)
+    assert shown["status"] == "finished"
+    assert shown["front"] == front
+    assert shown["best"] in {point["id"] for point in front["points"]}
+    assert json.loads(with_study("list", "--json").out) == [
+        {"study": "done", "task": "tiny_task:make_task", "status": "finished"}
+    ]
+    text = with_study("show", "done").out
+    for point in front["points"]:
+        assert point["id"] in text
+        assert f"{point['metric']:.4f} ± {point['metric_stderr']:.4f}" in text
+    assert f"{front['fp32_metric']:.4f}" in text
+    assert "uniform-4" in text
+
+
+def test_the_studies_folder_may_stand_before_or_behind_the_subcommand(
+    with_study: Terminal,
+) -> None:
+    os.rename(with_study.folder / "runs", with_study.folder / "elsewhere")
+    assert "done" in with_study("list", "--out", "elsewhere").out
+    assert "done" in with_study("--out", "elsewhere", "list").out
+    assert "done" not in with_study("list").out
+    by_path = with_study("show", "elsewhere/done", "--json")
+    assert json.loads(by_path.out)["study"] == "done"
+    front = with_study("--out", "elsewhere", "pareto", "done").out
+    assert front == with_study("pareto", "done", "--out", "elsewhere").out
+    assert json.loads(front)["study"] == "done"
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "png", "html"])
+def test_pareto_writes_what_the_study_holds(with_study: Terminal, format: str) -> None:
+    target = with_study.folder / f"written.{format}"
+    done = with_study("pareto", "done", "--format", format, "--out", str(target))
+    assert (done.code, done.out) == (0, "")
+    name = "report.html" if format == "html" else f"front.{format}"
+    kept = with_study.folder / "runs/done" / name
+    if format in ("json", "csv"):
+        assert target.read_bytes() == kept.read_bytes()
+    else:
+        assert target.read_bytes()[:8] == kept.read_bytes()[:8]
+
+
+def test_resuming_a_finished_study_trains_nothing_again(with_study: Terminal) -> None:
+    records = with_study.folder / "runs/done"
+    before = {p: p.stat().st_mtime_ns for p in records.rglob("*/*.json")}
+    done = with_study("resume", "done", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads((records / "front.json").read_text())
+    assert before == {p: p.stat().st_mtime_ns for p in records.rglob("*/*.json")}
+
+
+def test_a_finished_study_can_be_extended(with_study: Terminal) -> None:
+    folder = with_study.folder / "runs/done"
+    shutil.copy(TESTS / "tiny_task.py", with_study.folder)
+    before = fingerprint(folder / "trials")
+    assert with_study("resume", "done", "--trials", "4").code == 0
+    after = fingerprint(folder / "trials")
+    assert before.items() <= after.items()
+    assert len(after) == 4
+    assert "expected at least as many" in with_study.refused("resume", "done", "--trials", "3")
+
+
+def test_sensitivity_gives_every_layer_and_leaves_no_study(terminal: Terminal) -> None:
+    shutil.copy(TESTS / "tiny_task.py", terminal.folder)
+    options = ["--task", "tiny_task:make_task", "--bits", "2,4", "--device", "cpu"]
+    done = terminal("sensitivity", *options, "--json")
+    assert done.code == 0
+    proxies = {p["proxy"]: p for p in json.loads(done.out)["proxies"]}
+    assert set(proxies) == {"hessian-trace", "fisher"}
+    assert all(p["unit"] == "expected loss increase" for p in proxies.values())
+    layers = proxies["fisher"]["weight"]["layers"]
+    assert [p.name for p in (terminal.folder / "runs").iterdir()] == [".cache"]
+    text = terminal("sensitivity", *options).out
+    assert all(layer in text for layer in layers)
+
+
+def test_a_study_file_gives_options_and_an_option_overrides_it(terminal: Terminal) -> None:
+    shutil.copy(TESTS / "tiny_task.py", terminal.folder)
+    lines = [
+        'task = "tiny_task:make_task"', "budget-bits = 3.5", "bits = [2, 4]", "trials = 9",
+        "epochs = 0", "final-epochs = 0", 'study = "from-file"', 'device = "cpu"',
+    ]  # fmt: skip
+    (terminal.folder / "study.toml").write_text("\n".join(lines))
+    assert terminal("--config", "study.toml", "--trials", "2").code == 0
+    assert len(list((terminal.folder / "runs/from-file/trials").iterdir())) == 2
+    resolved = (terminal.folder / "runs/from-file/study.toml").read_text()
+    assert "trials = 2" in resolved
+    assert terminal("show", "from-file").code == 0
+
+
+BAD_INPUT = {
+    "no budget": ([], r"no budget.*--budget-bits"),
+    "unknown task": (["--task", "nothing", "--budget-bits", "3"], "unknown task 'nothing'.*digits"),
+    "no module": (["--task", "nowhere:make", "--budget-bits", "3"], "no module 'nowhere'"),
+    "task raises": (
+        ["--task", "bad:raises", "--budget-bits", "3"],
+        r"failed: RuntimeError: no data today \(.*bad.py:\d+\)",
+    ),
+    "loss raises": (
+        ["--task", "bad:loss_raises", "--budget-bits", "3"],
+        r"FP32 training: KeyError: 'gone' \(.*bad.py:\d+\)",
+    ),
+    "NaN loss": (["--task", "bad:nan_loss", "--budget-bits", "3"], "loss became nan in epoch 1"),
+    "model raises": (["--task", "bad:no_model", "--budget-bits", "3"], "ZeroDivisionError"),
+    "budget too small": (
+        ["--task", "bad:good", "--budget-bits", "1.5"],
+        r"budget-bits 1.5 is below the smallest reachable.* reaches [\d.]+ to [\d.]+$",
+    ),
+    "budget too large": (
+        ["--task", "bad:good", "--budget-bits", "9"],
+        "budget-bits 9 is above the largest reachable",
+    ),
+    "size too small": (
+        ["--task", "bad:good", "--budget-size-mb", "0.000001"],
+        "budget-size-mb 1e-06 is below the smallest reachable",
+    ),
+    "negative budget": (["--budget-bits", "-1"], "budget-bits.*expected a positive number"),
+    "no number": (["--budget-bits", "many"], "budget-bits"),
+    "bits out of range": (["--budget-bits", "3", "--bits", "1,2"], "bits: expected.*got '1,2'"),
+    "no CUDA": (
+        ["--task", "bad:good", "--budget-bits", "3", "--device", "cuda"],
+        "device cuda: no CUDA device",
+    ),
+    "unknown device": (
+        ["--task", "bad:good", "--budget-bits", "3", "--device", "tpu9"],
+        "device: expected cpu, cuda",
+    ),
+    "unknown option": (["--buget-bits", "3"], "No such option: --buget-bits"),
+    "folder under a file": (
+        ["--task", "bad:good", "--budget-bits", "3", "--out", "bad.py/runs"],
+        "cannot create a study in bad.py/runs",
+    ),
+    "storage": (
+        ["--task", "bad:good", "--budget-bits", "3", "--storage", "sqlite:////no/such/f.db"],
+        "storage sqlite:////no/such/f.db cannot be used",
+    ),
+    "study name": (["--budget-bits", "3", "--study", "a/b"], "study: expected a plain name"),
+    "existing study": (
+        ["--task", "bad:good", "--budget-bits", "3", "--study", "done"],
+        "study 'done' exists already",
+    ),
+    "no study file": (["--config", "none.toml"], "cannot read study file none.toml"),
+    "unknown key": (["--config", "key.toml"], r"key.toml: unknown key 'budget_bits'; did you mean"),
+    "wrong value": (["--config", "value.toml"], "value.toml: key 'trials': expected a whole"),
+    "no TOML": (["--config", "bad.py"], "bad.py is not valid TOML"),
+    "no weights": (
+        ["--task", "bad:good", "--budget-bits", "3", "--weights", "bad.py"],
+        "weights bad.py: not a state dict",
+    ),
+    "missing study": (["resume", "nothing"], "no study 'nothing' in runs; there are: done"),
+    "show missing": (["show", "nothing"], "no study 'nothing'"),
+    "pareto format": (["pareto", "done", "--format", "pdf"], "format: expected one of json"),
+    "pareto target": (
+        ["pareto", "done", "--out", "bad.py/front.json"],
+        "cannot write bad.py/front.json",
+    ),
+    "misplaced option": (["--trials", "3", "list"], "options before 'list': only --out"),
+}
+
+BAD_TASKS = """
+from dataclasses import replace
+import torch
+from tiny_task import make_task as good
+
+def raises():
+    raise RuntimeError("no data\\ntoday")
+
+def loss_raises():
+    return replace(good(), loss=lambda o, t: {}["gone"])
+
+def nan_loss():
+    return replace(good(), loss=lambda o, t: o.sum() * torch.nan)
+
+def no_model():
+    return replace(good(), model=lambda: 1 // 0)
+"""
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_changes_nothing(case: str, with_study: Terminal) -> None:
+    shutil.copy(TESTS / "tiny_task.py", with_study.folder)
+    (with_study.folder / "bad.py").write_text(BAD_TASKS)
+    (with_study.folder / "key.toml").write_text("budget_bits = 3\n")
+    (with_study.folder / "value.toml").write_text('budget-bits = 3\ntrials = "many"\n')
+    with_study.monkeypatch.delitem(sys.modules, "bad", raising=False)
+    before = fingerprint(with_study.folder / "runs/done")
+    arguments, message = BAD_INPUT[case]
+    line = with_study.refused(*arguments)
+    assert re.search(message, line), line
+    assert fingerprint(with_study.folder / "runs/done") == before
+
+
+@pytest.mark.parametrize("argument", ["resume", "show", "pareto"])
+@pytest.mark.parametrize("name", ["study.toml", "front.json", "results.json", "study.db"])
+def test_a_damaged_study_is_named_and_left_as_it_is(
+    with_study: Terminal, name: str, argument: str
+) -> None:
+    shutil.copy(TESTS / "tiny_task.py", with_study.folder)
+    (with_study.folder / "runs/done" / name).write_bytes(b"\x00garbage\xff" * 300)
+    before = fingerprint(with_study.folder / "runs/done")
+    if argument == "resume" and name in ("front.json", "results.json"):
+        assert with_study("resume", "done").code == 0  # remade from the records
+        return
+    if argument != "resume" and name == "study.db":
+        assert with_study(argument, "done").code == 0  # not needed to show a front
+        return
+    assert "done" in with_study.refused(argument, "done")
+    assert fingerprint(with_study.folder / "runs/done") == before

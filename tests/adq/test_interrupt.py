@@ -1,0 +1,141 @@
+"""A real process, stopped at many moments: nothing finished is lost, nothing is done twice."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+COMMAND = Path(sys.executable).with_name("adq-search")
+OPTIONS = [
+    "--task", "tiny_task:make_task", "--budget-bits", "3.5", "--bits", "2,3,4", "--trials", "16",
+    "--epochs", "2", "--final-epochs", "3", "--device", "cpu", "--study", "s",
+]  # fmt: skip
+PATIENCE_S = 120
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def stop_when(
+    folder: Path, arguments: list[str], moment: Callable[[Path], bool], how: signal.Signals
+) -> tuple[int, str]:
+    """Start the command, send it `how` once `moment` has come; its exit code and stderr."""
+    process = subprocess.Popen(
+        [COMMAND, *arguments],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while not moment(folder / "runs/s"):
+            assert process.poll() is None, "it ended before the moment came"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    return process.returncode, stderr
+
+
+def results(study: Path) -> dict[str, Any]:
+    """All that a study found, without what differs between two runs: seconds."""
+    found = {}
+    for path in sorted([*study.glob("trials/*.json"), *study.glob("final/*.json")]):
+        record = json.loads(path.read_text())
+        record.pop("seconds")
+        found[str(path.relative_to(study))] = record
+    found["front"] = json.loads((study / "front.json").read_text())
+    return found
+
+
+def finished_work(study: Path) -> dict[Path, int]:
+    """Every finished record and weight file with its time of writing."""
+    files = [p for kind in ("trials", "final", "models") for p in study.glob(f"{kind}/[!.]*")]
+    return {p: p.stat().st_mtime_ns for p in [*files, *study.glob("fp32.*")]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copy(TESTS / "tiny_task.py", tmp_path)
+    return tmp_path
+
+
+def trial(number: int) -> Callable[[Path], bool]:
+    return lambda study: (study / f"trials/{number:04d}.json").exists()
+
+
+def count(pattern: str, number: int) -> Callable[[Path], bool]:
+    return lambda study: len(list(study.glob(pattern))) >= number
+
+
+# In order of a study's life. Files appear in the middle of the work between them, so that the
+# signal meets FP32 training, a proxy, a trial's training, the moment between a record and its
+# tell, final training and the report.
+MOMENTS: list[Callable[[Path], bool]] = [
+    lambda study: study.exists(),
+    count("fp32.json", 1),
+    count("sensitivity.json", 1),
+    trial(0),
+    trial(5),
+    trial(13),
+    count("final/t*.json", 1),
+    count("front.json", 1),
+]
+
+
+def test_a_study_killed_at_every_stage_ends_like_an_undisturbed_one(folder: Path) -> None:
+    whole = folder / "whole"
+    whole.mkdir()
+    shutil.copy(TESTS / "tiny_task.py", whole)
+    assert run(whole, *OPTIONS).returncode == 0
+
+    arguments = OPTIONS
+    kept: dict[Path, int] = {}
+    for moment in MOMENTS:
+        code, _ = stop_when(folder, arguments, moment, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        kept |= finished_work(folder / "runs/s")
+        arguments = ["resume", "s"]
+    done = run(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+
+    assert results(folder / "runs/s") == results(whole / "runs/s")
+    now = finished_work(folder / "runs/s")
+    assert kept.items() <= now.items()  # nothing finished was done again
+    assert not list((folder / "runs/s").rglob(".*.tmp"))  # what a kill left half-written is gone
+
+
+def test_ctrl_c_says_how_to_go_on_and_a_second_process_is_kept_out(folder: Path) -> None:
+    code, stderr = stop_when(folder, OPTIONS, trial(1), signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("interrupted: nothing finished is lost")
+
+    process = subprocess.Popen([COMMAND, "resume", "s"], cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        while not trial(3)(folder / "runs/s"):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)  # it keeps the study while the other one tries
+        second = run(folder, "resume", "s")
+        assert second.returncode == 2
+        assert "is being run by another process" in second.stderr
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+    assert len(list((folder / "runs/s/trials").glob("*.json"))) == 16

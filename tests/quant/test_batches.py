@@ -1,0 +1,134 @@
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adq.quant.batches import (
+    batch_size,
+    device_of,
+    evaluating,
+    first_tensor,
+    forward,
+    seeded,
+    take_samples,
+    to_device,
+)
+
+
+class Sum(nn.Module):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return sum(inputs)
+
+
+def test_forward_spreads_a_tuple_of_inputs_and_passes_one_tensor_alone() -> None:
+    x, y = torch.tensor([1.0]), torch.tensor([2.0])
+    assert forward(Sum(), x) == 1
+    assert forward(Sum(), (x, y)) == 3
+    assert forward(Sum(), [x, y, y]) == 5
+
+
+def test_to_device_reaches_into_tuples_lists_and_dictionaries_and_leaves_the_rest() -> None:
+    meta = torch.device("meta")
+    value = (torch.zeros(2), [torch.zeros(3)], {"boxes": torch.zeros(4), "name": "a"}, 7)
+    moved = to_device(value, meta)
+    assert moved[0].device == moved[1][0].device == moved[2]["boxes"].device == meta
+    assert type(moved[1]) is list
+    assert moved[2]["name"] == "a"
+    assert moved[3] == 7
+
+
+def test_the_batch_size_is_that_of_the_first_input() -> None:
+    assert batch_size((torch.zeros(5, 2), None)) == 5
+    assert batch_size(((torch.zeros(3, 2), torch.zeros(9)), None)) == 3
+
+
+def test_inputs_that_are_no_tensors_are_named() -> None:
+    with pytest.raises(TypeError, match="inputs to be tensors, got str"):
+        first_tensor("pixels")
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 5, 7, 8, 9, 10, 99])
+def test_take_samples_gives_the_leading_samples_and_cuts_the_last_batch(samples: int) -> None:
+    x = torch.arange(10)
+    batches = [(x[i : i + 4], -x[i : i + 4]) for i in range(0, 10, 4)]
+    taken = take_samples(batches, samples)
+    assert torch.cat([inputs for inputs, _ in taken]).tolist() == list(range(min(samples, 10)))
+    assert all(torch.equal(inputs, -targets) for inputs, targets in taken)
+
+
+def test_take_samples_draws_no_batch_more_than_it_needs() -> None:
+    drawn = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for i in range(5):
+            drawn.append(i)
+            yield torch.zeros(4), torch.zeros(4)
+
+    take_samples(batches(), 8)
+    assert drawn == [0, 1]
+
+
+def test_take_samples_cuts_every_part_of_a_batch_alike() -> None:
+    inputs = (torch.arange(6), [torch.arange(6)])
+    targets = {"boxes": torch.arange(6), "kind": "box"}
+    [(cut_inputs, cut_targets)] = take_samples([(inputs, targets)], 2)
+    assert cut_inputs[0].tolist() == cut_inputs[1][0].tolist() == [0, 1]
+    assert cut_targets["boxes"].tolist() == [0, 1]
+    assert cut_targets["kind"] == "box"
+
+
+def test_device_of_is_where_the_parameters_are() -> None:
+    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), random.random(), np.random.rand()
+
+
+def states() -> tuple[list[int], object, object]:
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+def test_seeded_sets_all_three_random_states_and_restores_them() -> None:
+    before = states()
+    with seeded(3):
+        first = draw()
+    assert states() == before
+    with seeded(3):
+        assert draw() == first
+    with seeded(4):
+        other = draw()
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_seeded_restores_the_states_when_its_block_raises() -> None:
+    @seeded(0)
+    def draw_and_stop() -> None:
+        draw()
+        raise KeyError("stop")
+
+    before = states()
+    with pytest.raises(KeyError, match="stop"):
+        draw_and_stop()
+    assert states() == before
+
+
+def test_seeds_beyond_32_bits_are_fine() -> None:
+    with seeded(10_007 * 2**31):
+        draw()
+
+
+def test_evaluating_gives_every_module_its_own_mode_back() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()))
+    model.train()
+    model[1][0].eval()  # a frozen BatchNorm
+    modes = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(KeyError, match="stop"), evaluating(model):
+        raise KeyError("stop")
+    assert [m.training for m in model.modules()] == modes
