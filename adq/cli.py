@@ -204,6 +204,7 @@ def sensitivity(
     """Measure how much each layer suffers at each bit-width, without a search."""
     import tempfile
 
+    from adq.quant.batches import threads
     from adq.search.folder import StudyFolder
     from adq.search.fp32 import fp32_model
     from adq.search.problem import make_problem
@@ -219,7 +220,7 @@ def sensitivity(
         scratch = tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=root)
     except OSError as error:
         raise InputError(f"cannot write in {root}: {error.strerror}") from None
-    with scratch as path, _observer() as observer:
+    with scratch as path, threads(problem.threads), _observer() as observer:
         folder = StudyFolder(Path(path))
         model = fp32_model(problem, folder, observer).model
         found = sensitivities(problem, model, folder, observer)

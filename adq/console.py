@@ -4,7 +4,8 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from adq.search.observer import Observer
 
@@ -49,12 +51,13 @@ class BarObserver(Observer):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", style="dim"),
-            console=console,
         )
         self._bar: TaskID | None = None
+        self._best = Text("", style="bold")
+        self._live = Live(Group(self._progress, self._best), console=console)
 
     def __enter__(self) -> "BarObserver":
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(
@@ -63,7 +66,7 @@ class BarObserver(Observer):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def stage(self, name: str, total: int) -> None:
         self._bar = self._progress.add_task(name, total=total, note="")
@@ -73,8 +76,7 @@ class BarObserver(Observer):
             self._progress.update(self._bar, advance=1, note=note)
 
     def best(self, text: str) -> None:
-        if self._bar is not None:
-            self._progress.update(self._bar, note=text)
+        self._best.plain = text
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._live.console.print(text, highlight=False, markup=False)

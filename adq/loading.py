@@ -6,6 +6,7 @@ from torch import nn
 
 from adq.quant.errors import InputError
 from adq.quant.export.packed import load_packed_, read_metadata
+from adq.search.config import IN_PYTHON
 from adq.search.task import load_task, task_call
 
 
@@ -23,7 +24,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     metadata = read_metadata(path)
     if model is None:
         spec = metadata.get("task")
-        if not isinstance(spec, str) or spec == "python":
+        if not isinstance(spec, str) or spec == IN_PYTHON:
             raise InputError(f"{path} names no task to build its model from: pass model=...")
         task = load_task(spec, metadata.get("model"))
         model = task_call(spec, "building the model", task.model)

@@ -78,6 +78,7 @@ def quantize_(
 def dequantize_(model: nn.Module, *, keep_quantized_weights: bool = False) -> nn.Module:
     """Take every quantizer off; weights are the FP32 ones again, or stay at their levels."""
     for _, layer in quantized_layers(model):
+        _own_class(layer)
         parametrize.remove_parametrizations(
             layer, "weight", leave_parametrized=keep_quantized_weights
         )
@@ -87,6 +88,16 @@ def dequantize_(model: nn.Module, *, keep_quantized_weights: bool = False) -> nn
             del layer._adq_input_hook
             delattr(layer, INPUT_QUANTIZER)
     return model
+
+
+def _own_class(layer: nn.Module) -> None:
+    """Give a parametrized layer a class that no deep copy of it shares.
+
+    torch keeps the property `weight` on a class made for the layer, and removal deletes it there:
+    a copy that is dequantized would take the weight off the original as well.
+    """
+    shared = type(layer)
+    layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -110,7 +121,8 @@ def original_weight(layer: nn.Module) -> Tensor:
 
 def bits_of(model: nn.Module) -> BitVector:
     """The bit vector that is on the model."""
-    weight, act = {}, {}
+    weight: dict[str, int] = {}
+    act: dict[str, int] = {}
     for name, layer in quantized_layers(model):
         quantizer = weight_quantizer(layer)
         assert quantizer is not None

@@ -91,6 +91,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with at most `count` threads inside torch's CPU operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and each one back into its own mode after."""
     modes = [(module, module.training) for module in model.modules()]

@@ -5,16 +5,13 @@ from typing import Any
 
 from adq.quant.errors import InputError
 from adq.search.budget import Budget
-from adq.search.config import StudyConfig, make_config
+from adq.search.config import IN_PYTHON, StudyConfig, make_config
 from adq.search.folder import open_study
 from adq.search.front import Front
 from adq.search.observer import Observer
 from adq.search.run import SILENT, start
 from adq.search.run import resume as run_on
 from adq.search.task import Task, load_task
-
-IN_PYTHON = "python"
-"""What a configuration calls a task that was given as an object."""
 
 
 def search(

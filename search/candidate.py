@@ -11,6 +11,7 @@ from torch import nn
 
 from adq.proxies.costs import Costs
 from adq.quant.apply import quantize_
+from adq.quant.batches import seeded
 from adq.quant.calibrate import reestimate_batchnorm_
 from adq.quant.errors import NonFiniteLossError
 from adq.quant.evaluate import Evaluation, evaluate
@@ -76,23 +77,29 @@ def train_candidate(
     """
     started = time.monotonic()
     task, seed = problem.task, problem.config.seed
-    model = quantize_(copy.deepcopy(fp32), bits, problem.calibration)
-    losses: list[float] = []
-    validation = test = error = weights = None
-    try:
-        losses = train_(
-            model, task.train, task.loss, TrainingConfig(epochs, problem.config.lr), seed, on_epoch
-        )
-        reestimate_batchnorm_(model, problem.calibration)
-        validation = evaluate(model, task.validation, task.loss, task.metric)
-        if final:
-            test = evaluate(model, task.test, task.loss, task.metric)
-    except NonFiniteLossError as failure:
-        validation, error = None, str(failure)
-    else:
-        if save_to is not None:
-            save_packed(model, save_to, problem.model_metadata(id))
-            weights = f"{save_to.parent.name}/{save_to.name}"
+    with seeded(seed):  # whatever a data pipeline draws, in evaluation too
+        model = quantize_(copy.deepcopy(fp32), bits, problem.calibration)
+        losses: list[float] = []
+        validation = test = error = weights = None
+        try:
+            losses = train_(
+                model,
+                task.train,
+                task.loss,
+                TrainingConfig(epochs, problem.config.lr),
+                seed,
+                on_epoch,
+            )
+            reestimate_batchnorm_(model, problem.calibration)
+            validation = evaluate(model, task.validation, task.loss, task.metric)
+            if final:
+                test = evaluate(model, task.test, task.loss, task.metric)
+        except NonFiniteLossError as failure:
+            validation, error = None, str(failure)
+        else:
+            if save_to is not None:
+                save_packed(model, save_to, problem.model_metadata(id))
+                weights = f"{save_to.parent.name}/{save_to.name}"
     return Record(
         id=id,
         bits=bits,

@@ -12,6 +12,9 @@ from adq.quant.errors import InputError
 from adq.quant.spec import MAX_BITS, MIN_BITS
 from adq.search.budget import Budget
 
+IN_PYTHON = "python"
+"""What a configuration calls a task that was given as an object."""
+
 Kind = Literal["text", "whole", "number", "weight-bits", "act-bits"]
 
 
@@ -64,7 +67,10 @@ class StudyConfig:
                 f"{self.first_last_bits}"
             )
         if self.study is not None and (
-            not self.study or self.study.startswith(".") or "/" in self.study
+            not self.study
+            or self.study.startswith(".")
+            or "/" in self.study
+            or not self.study.isprintable()
         ):
             raise InputError(
                 f"study: expected a plain name without '/' or leading '.', got {self.study!r}"

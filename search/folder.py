@@ -12,6 +12,7 @@ OUT/NAME/
 OUT/.cache/           FP32 weights by content key, shared by all studies of OUT
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -155,11 +156,16 @@ def create_study(config: StudyConfig, prepare: Callable[[StudyFolder], None]) ->
             os.chmod(temporary, 0o755)
             try:
                 if (root / name).exists():
-                    raise FileExistsError
+                    raise FileExistsError(errno.EEXIST, "")
                 os.rename(temporary, root / name)
                 return StudyFolder(root / name)
-            except OSError:
-                if config.study is not None or not (root / name).exists():
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise InputError(
+                        f"cannot create a study in {root}: {error.strerror}; choose another folder "
+                        "with --out, or another name with --study"
+                    ) from None
+                if config.study is not None:
                     raise InputError(
                         f"study {name!r} exists already in {root}: resume it with 'adq-search "
                         f"resume {name}', or choose another name with --study"
@@ -185,7 +191,7 @@ def open_study(out: str | Path, name: str) -> StudyFolder:
     """
     for path in (Path(out) / name, Path(name)):
         if (path / "study.toml").is_file():
-            folder = StudyFolder(path)
+            folder = StudyFolder(path if path.name not in ("", "..") else path.resolve())
             folder.config  # noqa: B018 (a damaged one is said here, whatever the folder is for)
             return folder
     there = ", ".join(study.name for study in list_studies(out)) or "none"
@@ -198,4 +204,6 @@ def list_studies(out: str | Path) -> list[StudyFolder]:
     root = Path(out)
     if not root.is_dir():
         return []
-    return [StudyFolder(p) for p in sorted(root.iterdir()) if (p / "study.toml").is_file()]
+    # a name with a dot is a study being prepared
+    paths = (p for p in sorted(root.iterdir()) if not p.name.startswith("."))
+    return [StudyFolder(path) for path in paths if (path / "study.toml").is_file()]

@@ -39,10 +39,10 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
     if not facts.exists():
         epochs = _epochs(problem)
         if problem.config.weights is not None:
-            _load_user_weights(model, Path(problem.config.weights))
+            load_user_weights(model, Path(problem.config.weights))
         key = _content_key(problem, epochs)
         cached_weights, cached_facts = _paths(folder.cache, f"fp32-{key}")
-        if cached_facts.exists():
+        if _readable(cached_weights, cached_facts):
             observer.stage("FP32 model", 1)
             observer.step("from the cache")
         else:
@@ -76,23 +76,25 @@ def _train_and_save(
 ) -> None:
     task, model = problem.task, problem.initial_model
     observer.stage("FP32 model", epochs + 1)
-    losses = problem.call(
-        "FP32 training",
-        lambda: train_(
-            model,
-            task.train,
-            task.loss,
-            TrainingConfig(epochs, task.fp32_lr),
-            problem.config.seed,
-            lambda _, loss: observer.step(f"loss {loss:.4f}"),
-        ),
-    )
-    validation, test = problem.call(
-        "evaluating the FP32 model",
-        lambda: [
-            evaluate(model, split, task.loss, task.metric) for split in (task.validation, task.test)
-        ],
-    )
+    with seeded(problem.config.seed):
+        losses = problem.call(
+            "FP32 training",
+            lambda: train_(
+                model,
+                task.train,
+                task.loss,
+                TrainingConfig(epochs, task.fp32_lr),
+                problem.config.seed,
+                lambda _, loss: observer.step(f"loss {loss:.4f}"),
+            ),
+        )
+        validation, test = problem.call(
+            "evaluating the FP32 model",
+            lambda: [
+                evaluate(model, split, task.loss, task.metric)
+                for split in (task.validation, task.test)
+            ],
+        )
     observer.step(f"validation {task.metric_name} {validation.metric:.4f}")
     with atomic_path(weights) as temporary:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -142,7 +144,7 @@ def _content_key(problem: Problem, epochs: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_user_weights(model: nn.Module, path: Path) -> None:
+def load_user_weights(model: nn.Module, path: Path) -> None:
     """Load a user's state dict (safetensors, or torch.save read with weights_only=True)."""
     try:
         if path.suffix == ".safetensors":
@@ -163,6 +165,16 @@ def _load(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{path} is missing or damaged ({text[:200]})") from None
+
+
+def _readable(weights: Path, facts: Path) -> bool:
+    """Whether the cache holds this model, whole; a damaged one is made again."""
+    try:
+        load_file(weights)
+        read_json(facts)
+    except (OSError, SafetensorError, InputError):
+        return False
+    return True
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,17 +7,19 @@ running a study and resuming one are the same thing.
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optuna
 
+from adq.quant.batches import threads
 from adq.quant.errors import InputError
 from adq.quant.files import atomic_path, read_json, write_json
 from adq.quant.spec import BitVector
 from adq.search.candidate import Record, train_candidate
 from adq.search.config import StudyConfig
 from adq.search.folder import FINAL, MODELS, TRIALS, StudyFolder, create_study
-from adq.search.fp32 import Fp32, fp32_model
+from adq.search.fp32 import Fp32, fp32_model, load_user_weights
 from adq.search.front import Front, Point, best_record, front_records, point_of
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
@@ -37,6 +39,8 @@ def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front
     """Run a new study. Everything that can be checked is checked before its folder appears."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = make_problem(config, task)
+    if config.weights is not None:
+        load_user_weights(problem.initial_model, Path(config.weights))
 
     def add_storage(folder: StudyFolder) -> None:
         create_storage_study(folder, problem, folder.config.study or "")
@@ -58,10 +62,15 @@ def resume(
     with folder.locked():
         if problem is None:
             problem = make_problem(folder.config, task)
-        fp32 = fp32_model(problem, folder, observer)
-        records = _search(problem, folder, fp32, observer)
-        finals, uniform = _final(problem, folder, fp32, records, observer)
-        return _results(problem, folder, fp32, finals, uniform, observer)
+        with threads(problem.threads):
+            return _run(problem, folder, observer)
+
+
+def _run(problem: Problem, folder: StudyFolder, observer: Observer) -> Front:
+    fp32 = fp32_model(problem, folder, observer)
+    records = _search(problem, folder, fp32, observer)
+    finals, uniform = _final(problem, folder, fp32, records, observer)
+    return _results(problem, folder, fp32, finals, uniform, observer)
 
 
 def _search(problem: Problem, folder: StudyFolder, fp32: Fp32, observer: Observer) -> list[Record]:

@@ -29,7 +29,7 @@ def storage_errors(url: str) -> Iterator[None]:
     """Turn what a database says of a missing, damaged or locked store into one line."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, OptunaError, ImportError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, OptunaError, ImportError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise InputError(
             f"storage {url} cannot be used: {text[:200]}; restore it, or give another --storage"
@@ -65,6 +65,8 @@ def _load_study(folder: StudyFolder, sampler: BudgetSampler) -> optuna.Study:
     try:
         storage = RDBStorage(url)
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    except RuntimeError as error:  # written by another version of Optuna
+        raise InputError(f"storage {url} cannot be used: {' '.join(str(error).split())}") from None
     except KeyError:
         raise InputError(
             f"storage {url} has no study {name!r}: restore it, or give another --storage"

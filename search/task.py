@@ -90,7 +90,7 @@ def _user_task(module_name: str, function_name: str, spec: str, model: str | Non
         function = getattr(module, function_name)
         task = function() if model is None else function(model)
     except ModuleNotFoundError as error:
-        if error.name != module_name:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module wants
             raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
         raise InputError(
             f"task {spec!r}: no module {module_name!r} among the installed packages or in {here}"

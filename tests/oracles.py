@@ -169,6 +169,12 @@ def packed(codes: Sequence[int], bits: int) -> bytes:
     return number.to_bytes(math.ceil(len(codes) * bits / 8), "little")
 
 
+def unpacked(stream: bytes, bits: int, count: int) -> list[int]:
+    """The first `count` digits of that number."""
+    number = int.from_bytes(stream, "little")
+    return [number >> (i * bits) & (2**bits - 1) for i in range(count)]
+
+
 def conv_macs(image: Sequence[int], layer: nn.Conv1d | nn.Conv2d) -> tuple[int, tuple[int, ...]]:
     """(MACs, output size) of a convolution over an image of the given side lengths.
 

@@ -1,4 +1,4 @@
-"""A task small enough to search in a second: 240 real digits and a net of five layers."""
+"""A task small enough to search in a second: 1200 real digits and a net of five layers."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adq.search.task import Task
 
-CLASSES = 4
+CLASSES = 10
 
 
 class TinyNet(nn.Module):
-    """Three convolutions, BatchNorm after the first two, two linear layers: about 900 weights."""
+    """Three convolutions, BatchNorm after the first two, two linear layers: about 1500 weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,9 +20,9 @@ class TinyNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(6)
         self.conv2 = nn.Conv2d(6, 8, 3, stride=2, bias=False)
         self.bn2 = nn.BatchNorm2d(8)
-        self.conv3 = nn.Conv2d(8, 4, 3)
-        self.hidden = nn.Linear(4, 7)
-        self.out = nn.Linear(7, CLASSES)
+        self.conv3 = nn.Conv2d(8, 12, 3)
+        self.hidden = nn.Linear(12, 13)
+        self.out = nn.Linear(13, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -32,26 +32,28 @@ class TinyNet(nn.Module):
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """The first 240 digits below CLASSES: images (240, 1, 8, 8) and labels (240,)."""
-    digits = load_digits(n_class=CLASSES)
-    images = torch.from_numpy(digits.images[:240]).float()[:, None] / 16
-    return images, torch.from_numpy(digits.target[:240]).long()
+    """The first 1200 digits: images (1200, 1, 8, 8) and labels (1200,)."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images[:1200]).float()[:, None] / 16
+    return images, torch.from_numpy(digits.target[:1200]).long()
 
 
 def make_task() -> Task:
-    """120 training, 60 validation and 60 test images."""
+    """600 training, 300 validation and 300 test images."""
     images, labels = data()
 
-    def loader(first: int, last: int, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+    def loader(
+        first: int, last: int, batch: int, shuffle: bool = False
+    ) -> DataLoader[tuple[Tensor, ...]]:
         part = TensorDataset(images[first:last], labels[first:last])
-        return DataLoader(part, 30, shuffle=shuffle)
+        return DataLoader(part, batch, shuffle=shuffle)
 
     return Task(
         model=TinyNet,
         loss=F.cross_entropy,
-        train=loader(0, 120, shuffle=True),
-        validation=loader(120, 180),
-        test=loader(180, 240),
+        train=loader(0, 600, 30, shuffle=True),
+        validation=loader(600, 900, 150),
+        test=loader(900, 1200, 150),
         fp32_epochs=3,
         fp32_lr=2e-2,
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import altair as alt
 
@@ -33,7 +34,7 @@ def _heat_map(
 ) -> alt.LayerChart:
     points, layers = facts.front.points, facts.layers
     costs = {p.id: facts.unit.number(facts.cost_of(p)) for p in points}
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"layer": layer, "point": p.id, "bits": bits[p.id][layer], "cost": costs[p.id]}
         for p in points
         for layer in layers
@@ -52,7 +53,7 @@ def _heat_map(
     )
     pale = alt.FieldOneOfPredicate(field="bits", oneOf=[2, 3, FP32_BITS])
     fp32 = ", 32 is FP32" if FP32_BITS in widths else ""
-    return alt.layer(
+    marks = [
         base.mark_rect(stroke="white", strokeWidth=1).encode(
             color=alt.Color("bits", type="ordinal", scale=bits_scale(widths), legend=None)
         ),
@@ -60,7 +61,9 @@ def _heat_map(
             text=alt.Text("bits", type="quantitative"),
             color=alt.when(pale).then(alt.value("black")).otherwise(alt.value("white")),
         ),
-    ).properties(
+    ]
+    return alt.LayerChart(
+        layer=marks,
         width=column_width(len(points)) * len(points),
         height=height * len(layers),
         title=alt.Title(

@@ -47,9 +47,8 @@ def picture(facts: Facts) -> bytes:
     )
     panels = [*bits_charts(facts), *sensitivity_charts(facts, labels=False)]
     width = sum(panel.width for panel in panels) + SPACING * (len(panels) - 1)
-    whole = alt.vconcat(
-        front_chart(facts, width).properties(title=title), _beside(panels), spacing=34
-    )
+    above = front_chart(facts, width).properties(title=title)
+    whole = alt.vconcat(above, _beside(panels), spacing=34)
     whole = whole.resolve_scale(color="independent", shape="independent")
     out = io.BytesIO()
     finished(whole, "").save(out, format="png", scale_factor=SCALE)

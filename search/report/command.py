@@ -25,4 +25,6 @@ def options(config: StudyConfig, changed_only: bool = False) -> list[tuple[str, 
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

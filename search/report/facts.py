@@ -53,8 +53,9 @@ class Facts:
 
     @property
     def metric_format(self) -> str:
-        shown = (*self.front.points, *self.front.uniform, self.fp32)
-        return metric_format(each.metric_stderr for each in shown)
+        """How a metric is written, for Python's `format`."""
+        points = (*self.front.points, *self.front.uniform)
+        return metric_format([self.fp32.metric_stderr, *(p.metric_stderr for p in points)])
 
     def cost_of(self, costs: Point | Costs) -> float:
         """`cost` of a model, in the cost's own unit."""

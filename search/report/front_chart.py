@@ -1,5 +1,6 @@
 """The chart of the front: test metric against the first cost."""
 
+from itertools import pairwise
 from typing import Any
 
 import altair as alt
@@ -31,15 +32,17 @@ def front_chart(facts: Facts, width: int = WIDTH) -> alt.LayerChart:
     x = number_axis(alt.X, "cost", unit.title, across, tickCount=8)
     up = padded([*metrics, facts.fp32.metric])
     y = number_axis(alt.Y, "metric", f"test {front.metric_name}", up, tickCount=6)
-    pixels = [
-        (_pixel(row["cost"], across, width), _pixel(row["metric"], up[::-1], HEIGHT))
-        for row in uniform + points
-    ]
-    return alt.layer(
+
+    def pixel(row: dict[str, Any]) -> Pixel:
+        return _share(row["cost"], across) * width, (1 - _share(row["metric"], up)) * HEIGHT
+
+    taken = [pixel(row) for row in uniform] + _along([pixel(row) for row in points])
+    layers = [
         *_reference_lines(facts, x, y, width),
         *_models(facts, points, uniform, best, x, y),
-        *_names(uniform, pixels, width, x, y),
-    ).properties(width=width, height=HEIGHT)
+        *_names(uniform, taken, width, x, y),
+    ]
+    return alt.LayerChart(layer=layers, width=width, height=HEIGHT)
 
 
 def _row(facts: Facts, point: Point, kind: str) -> dict[str, Any]:
@@ -101,17 +104,27 @@ def _models(
     ]
 
 
-def _pixel(value: float, domain: list[float], length: int) -> float:
-    return length * (value - domain[0]) / (domain[1] - domain[0])
+def _share(value: float, domain: list[float]) -> float:
+    return (value - domain[0]) / (domain[1] - domain[0])
+
+
+def _along(corners: list[Pixel], pieces: int = 20) -> list[Pixel]:
+    """The corners of a line, and places on it between them."""
+    between = [
+        (a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces)
+        for a, b in pairwise(corners)
+        for i in range(1, pieces)
+    ]
+    return corners + between
 
 
 def _names(
-    uniform: list[dict[str, Any]], pixels: list[Pixel], width: int, x: alt.X, y: alt.Y
+    uniform: list[dict[str, Any]], taken: list[Pixel], width: int, x: alt.X, y: alt.Y
 ) -> list[alt.Chart]:
-    """Names beside the uniform models, whose marks are the first of `pixels`."""
+    """Names beside the uniform models, whose marks are the first of the places `taken`."""
     charts = []
-    for row, place in zip(uniform, pixels, strict=False):
-        right, down = free_corner(place, len(row["point"]) * 7, pixels, width)
+    for row, place in zip(uniform, taken, strict=False):
+        right, down = free_corner(place, len(row["point"]) * 7, taken, width)
         for style in (HALO, {"color": GREEN}):
             mark = alt.Chart(rows([row])).mark_text(
                 align="left" if right > 0 else "right",

@@ -46,17 +46,17 @@ def history_chart(facts: Facts) -> alt.LayerChart:
         texts = {"trial": "trial", "cost_text": unit.title} | others
         return [alt.Tooltip(key, type="nominal", title=title) for key, title in texts.items()]
 
-    return alt.layer(
-        alt.Chart(rows(best))
-        .mark_line(interpolate="step-after", color=INK, opacity=0.6)
-        .encode(x, y),
-        alt.Chart(rows(done))
-        .mark_point(filled=True, size=75, opacity=1)
-        .encode(x, y, colour, tooltip=tooltip(metric_text=name)),
-        alt.Chart(rows(failed))
-        .mark_point(shape="cross", angle=45, filled=True, size=90, color=ORANGE, opacity=1)
-        .encode(x, y=alt.value(HEIGHT - 10), tooltip=tooltip(error="error")),
-    ).properties(width=WIDTH, height=HEIGHT)
+    steps = alt.Chart(rows(best)).mark_line(interpolate="step-after", color=INK, opacity=0.6)
+    dots = alt.Chart(rows(done)).mark_point(filled=True, size=75, opacity=1)
+    crosses = alt.Chart(rows(failed)).mark_point(
+        shape="M-1,-1L1,1M1,-1L-1,1", size=50, strokeWidth=2.5, color=ORANGE, opacity=1
+    )
+    layers = [
+        steps.encode(x, y),
+        dots.encode(x, y, colour, tooltip=tooltip(metric_text=name)),
+        crosses.encode(x, y=alt.value(HEIGHT - 10), tooltip=tooltip(error="error")),
+    ]
+    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT)
 
 
 def _row(facts: Facts, record: Record) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from markupsafe import Markup
 
 from adq.quant.evaluate import Evaluation
 from adq.search.candidate import Record
+from adq.search.config import IN_PYTHON
 from adq.search.front import Point
 from adq.search.report.charts import page_charts
 from adq.search.report.command import command_line, options
 from adq.search.report.facts import Facts
 from adq.search.report.units import UNITS
 
+BUNDLE = "window.vegaEmbed = vegaEmbed;"
 PACKAGES = ("adq-search", "torch", "optuna", "altair")
 
 
@@ -56,6 +58,7 @@ def page(facts: Facts) -> str:
     return _template().render(
         front=front,
         config=config,
+        from_python=config.task == IN_PYTHON,
         options=options(config),
         command=command_line(config),
         budgets=[UNITS[cost].limit(limit) for cost, limit in config.budget.limits().items()],
@@ -110,7 +113,7 @@ def _trial(facts: Facts, record: Record) -> Trial:
         number=int(record.id),
         cost=facts.unit.number(facts.cost_of(record.costs)),
         metric=_evaluation(facts, found),
-        loss="" if found is None else f"{found.loss:.4g}",
+        loss="" if found is None else f"{found.loss:#.4g}",
         seconds=f"{record.seconds:.1f}",
         error=record.error or "",
     )
@@ -136,5 +139,5 @@ def _template() -> Template:
 def _script() -> Markup:
     """Vega, Vega-Lite and Vega-Embed, ready to stand in a <script>."""
     vega_lite = ".".join(SCHEMA_VERSION.split(".")[:2])
-    code = vl_convert.javascript_bundle(vl_version=vega_lite)
+    code = vl_convert.javascript_bundle(BUNDLE, vega_lite)
     return Markup(code.replace("</script", "<\\/script"))

@@ -10,7 +10,7 @@ from adq.proxies.base import Table
 from adq.search.report.facts import Facts
 from adq.search.report.theme import INK, bits_scale, layer_axis, row_height, rows
 
-WIDTH = 220
+WIDTH = 200
 DECADES = 7
 """How far the axis reaches below the largest score. What lies further down is numerical zero: a
 layer with fewer weights than levels, for one, has scores of 1e-16."""
@@ -72,7 +72,7 @@ def _marks(panel: Panel, axis: tuple[float, float]) -> Iterator[dict[str, Any]]:
                 "stderr": stderr,
                 "score": max(value, low),
                 "from": max(value - stderr, low),
-                "to": min(value + stderr, high),
+                "to": min(max(value + stderr, low), high),
                 "inside": value >= low,
                 "chosen": panel.chosen.get(layer) == bits,
             }
@@ -89,11 +89,12 @@ def _draw(
     marks = list(_marks(panel, axis))
     low, high = axis
     edge = low * (low / high) ** 0.04  # room for the triangles inside the plot
+    scale = alt.Scale(type="log", domain=[edge, high], nice=False)
     x = alt.X(
         "score",
         type="quantitative",
         title="expected loss increase",
-        scale=alt.Scale(type="log", domain=[edge, high], nice=False),
+        scale=scale,
         axis=alt.Axis(format=".0e", tickCount=4, labelOverlap=True),
     )
     y = layer_axis(layers, labels)
@@ -109,24 +110,25 @@ def _draw(
         alt.Tooltip("value", type="quantitative", title="expected loss increase", format=".3e"),
         alt.Tooltip("stderr", type="quantitative", title="standard error", format=".1e"),
     ]
+    lines = alt.Chart(rows({"layer": layer} for layer in layers))
     inside = alt.Chart(rows(m for m in marks if m["inside"]))
     below = alt.Chart(rows(m for m in marks if not m["inside"]))
     ringed = alt.Chart(rows(m for m in marks if m["chosen"]))
-    key = "ring: best point" + (
-        "" if all(m["inside"] for m in marks) else ", triangle: off the axis"
-    )
-    lines = alt.Chart(rows({"layer": layer} for layer in layers))
-    return alt.layer(
-        lines.mark_rule(color="#ececec").encode(y),
-        inside.mark_rule(strokeWidth=1.5, opacity=0.7).encode(
-            y, colour, x=alt.X("from", type="quantitative"), x2=alt.X2("to")
-        ),
-        inside.mark_point(filled=True, size=50, opacity=1).encode(x, y, colour, tooltip=tooltip),
-        below.mark_point(shape="triangle-left", size=50, strokeWidth=1.6).encode(
-            x, y, colour, tooltip=tooltip
-        ),
-        ringed.mark_point(size=120, color=INK, strokeWidth=1.4).encode(x, y),
-    ).properties(
+    bar = {"x": alt.X("from", type="quantitative", scale=scale), "x2": alt.X2("to")}
+    off_axis = not all(m["inside"] for m in marks)
+    key = "ring: best point" + (", triangle: off the axis" if off_axis else "")
+    return alt.LayerChart(
+        layer=[
+            lines.mark_rule(color="#ececec").encode(y),
+            inside.mark_rule(strokeWidth=1.5, opacity=0.7).encode(y, colour, **bar),
+            inside.mark_point(filled=True, size=50, opacity=1).encode(
+                x, y, colour, tooltip=tooltip
+            ),
+            below.mark_point(shape="triangle-left", size=50, strokeWidth=1.6).encode(
+                x, y, colour, tooltip=tooltip
+            ),
+            ringed.mark_point(size=120, color=INK, strokeWidth=1.4).encode(x, y),
+        ],
         width=WIDTH,
         height=row_height(len(layers)) * len(layers),
         title=alt.Title(f"Sensitivity of the {panel.kind}", subtitle=[panel.proxy, key]),

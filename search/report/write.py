@@ -5,9 +5,7 @@ import json
 from adq.quant.files import atomic_path
 from adq.search.folder import StudyFolder
 from adq.search.front import Front
-from adq.search.report.charts import picture
 from adq.search.report.facts import read_facts
-from adq.search.report.page import page
 from adq.search.report.table import front_csv
 
 FILES = {"json": "front.json", "csv": "front.csv", "png": "front.png", "html": "report.html"}
@@ -23,9 +21,14 @@ def render(folder: StudyFolder, front: Front, format: str) -> bytes:
         return (json.dumps(front.to_json(), indent=1, allow_nan=False) + "\n").encode()
     if format == "csv":
         return front_csv(front).encode()
+    # Altair is slow to import, and whoever only reads a front does without it.
     if format == "png":
+        from adq.search.report.charts import picture
+
         return picture(read_facts(folder, front))
     if format == "html":
+        from adq.search.report.page import page
+
         return page(read_facts(folder, front)).encode()
     raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
 

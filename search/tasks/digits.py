@@ -26,15 +26,18 @@ def digits() -> Task:
     )
 
     def loader(
-        indices: list[int], batch: int, shuffle: bool
+        indices: list[int], batch: int, training: bool = False
     ) -> DataLoader[tuple[torch.Tensor, ...]]:
-        return DataLoader(TensorDataset(images[indices], labels[indices]), batch, shuffle=shuffle)
+        # 897 = 14 · 64 + 1: a last batch of one image would ruin BatchNorm's running statistics
+        part = TensorDataset(images[indices], labels[indices])
+        return DataLoader(part, batch, shuffle=training, drop_last=training)
 
     return Task(
         model=lambda: ResNet(1, 10, widths=(8, 16, 32), blocks=1),
         loss=F.cross_entropy,
-        train=loader(train, 64, True),
-        validation=loader(validation, 450, False),
-        test=loader(test, 450, False),
+        train=loader(train, 64, training=True),
+        validation=loader(validation, 450),
+        test=loader(test, 450),
         fp32_epochs=30,
+        fp32_lr=1e-2,
     )

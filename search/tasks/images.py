@@ -58,7 +58,7 @@ def image_folder(path: Path, model: str | None = None) -> Task:
     return Task(
         model=_torchvision_model(model or "resnet18", len(train.classes)),
         loss=F.cross_entropy,
-        train=_loader(training, shuffle=True),
+        train=_loader(training, training=True),
         validation=_loader(validation),
         test=_loader(held_out["test" if "test" in held_out else "val"]),
         data_key=_files_key(path),
@@ -86,7 +86,7 @@ def cifar10(path: Path, model: str | None = None) -> Task:
     return Task(
         model=make if model is None else _torchvision_model(model, 10),
         loss=F.cross_entropy,
-        train=_loader(train, shuffle=True),
+        train=_loader(train, training=True),
         validation=_loader(validation),
         test=_loader(read(False, plain)),
         data_key=_files_key(path),
@@ -118,8 +118,10 @@ def _split(train: Any, plain: Any) -> tuple[Dataset[Any], Dataset[Any]]:
     return Subset(train, order[cut:]), Subset(plain, order[:cut])
 
 
-def _loader(dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-    return DataLoader(dataset, BATCH, shuffle=shuffle)
+def _loader(dataset: Any, training: bool = False) -> DataLoader[Any]:
+    # a short last batch would count as much as a full one in BatchNorm's running statistics
+    drop_last = training and len(dataset) > BATCH
+    return DataLoader(dataset, BATCH, shuffle=training, drop_last=drop_last)
 
 
 def _torchvision_model(name: str, classes: int) -> Callable[[], nn.Module]:

@@ -33,10 +33,8 @@ def test_few_values_are_all_kept() -> None:
 def test_many_values_are_thinned_out_but_the_range_is_whole() -> None:
     x = torch.randn(40, 1, 50, 50, generator=torch.Generator().manual_seed(0))
     x[17, 0, 31, 12], x[3, 0, 8, 49] = 123.0, -77.0
-    samples = input_samples(
-        nn.Conv2d(1, 1, 1), [""], [(x[i : i + 5], None) for i in range(0, 40, 5)]
-    )
-    values = samples[""]
+    batches = [(x[i : i + 5], None) for i in range(0, 40, 5)]
+    values = input_samples(nn.Conv2d(1, 1, 1), [""], batches)[""]
     assert values.min() == -77
     assert values.max() == 123
     assert SAMPLE_VALUES / 3 < values.numel() <= SAMPLE_VALUES + 3 * 8

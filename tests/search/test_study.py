@@ -1,6 +1,7 @@
 """Ask, evaluate, tell: the same trials whenever the process dies, one line for a bad storage."""
 
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,21 +116,17 @@ def state_of(folder: StudyFolder) -> tuple[list[Any], list[Record]]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, Bench]:
-    """A study without a trial, to be copied."""
+    """A study of four trials, none of them asked for yet, to be copied."""
     return make_study(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
 def fresh(template: tuple[StudyFolder, Bench], tmp_path: Path) -> Callable[[str], StudyFolder]:
-    def copy(name: str) -> StudyFolder:
-        shutil.copytree(template[0].path, tmp_path / name)
-        return StudyFolder(tmp_path / name)
-
-    return copy
+    return lambda name: copy_of(template[0], tmp_path / name)
 
 
 def test_the_study_names_its_metric_and_costs_and_their_directions(tmp_path: Path) -> None:
-    folder, _ = make_study(tmp_path, budget_size_mb=0.008, act_bits=(4, 8))
+    folder, _ = make_study(tmp_path, budget_size_mb=0.0088, act_bits=(4, 8))
     study = load(folder)
     assert study.metric_names == ["accuracy", "average_bits", "size_bytes", "bops"]
     assert [d.name for d in study.directions] == ["MAXIMIZE"] + ["MINIMIZE"] * 3
@@ -168,19 +165,20 @@ def test_a_second_run_does_nothing(fresh: Callable[[str], StudyFolder], template
 
 
 def test_a_candidate_exactly_on_its_budget_is_feasible_to_optuna(tmp_path: Path) -> None:
-    """Sizes such as 0.008012 MB, which is 8011.999999999999 bytes in binary, among them."""
-    problem = make_problem(make_config(tmp_path), tiny_task.make_task())
-    sizes = {
-        problem.costs.costs(problem.space.bit_vector(p)).size_bytes: p
-        for p in all_points(problem.space)
+    """A cost whose budget, as it is typed, is less than the cost in binary."""
+    bits = (2, 3, 4, 6, 8)
+    problem = make_problem(make_config(tmp_path, bits=bits), tiny_task.make_task())
+    bit_operations = {
+        problem.costs.totals(problem.space.bit_vector(point))["bops"]: point
+        for point in all_points(problem.space)
     }
-    size = next(s for s in sizes if s / 1e6 * 1e6 < s)
-    limit = size / 1e6
-    folder, bench = make_study(tmp_path, budget_bits=None, budget_size_mb=limit, trials=1)
-    bench.seeds = [sizes[size]]
+    bops = next(b for b in bit_operations if b / 1e9 * 1e9 < b)
+    budget = {"budget_bits": None, "budget_gbops": bops / 1e9}
+    folder, bench = make_study(tmp_path, bits=bits, trials=1, **budget)
+    bench.seeds = [bit_operations[bops]]
     bench.run(folder)
     (trial,) = load(folder).get_trials()
-    assert list(trial.constraints.items()) == [("size_bytes", 0)]
+    assert trial.constraints == {"bops": 0}
 
 
 class Deaths:
@@ -188,6 +186,7 @@ class Deaths:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at = 0, -1
+        self.on_tick: Callable[[], Any] | None = None
         monkeypatch.setattr("adq.search.study.RDBStorage", open_storage)
         for owner, name in (
             (optuna.Study, "ask"),
@@ -199,6 +198,8 @@ class Deaths:
             monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name)))
 
     def tick(self) -> None:
+        if self.on_tick is not None:
+            self.on_tick()
         self.count += 1
         if self.count - 1 == self.at:
             raise Death
@@ -221,21 +222,51 @@ class Deaths:
             return None
 
 
-def test_death_at_any_step_changes_nothing(
-    fresh: Callable[[str], StudyFolder], template: Any, monkeypatch: pytest.MonkeyPatch
+def copy_of(folder: StudyFolder, path: Path) -> StudyFolder:
+    shutil.copytree(folder.path, path)
+    return StudyFolder(path)
+
+
+def test_a_process_killed_at_any_step_is_resumed_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three trials: a seed, a proposal that fails in training, a proposal that does not. What a
+    kill leaves is the disk as it was: a copy of the folder at each step."""
+    folder, bench = make_study(tmp_path / "calm", trials=3)
+    bench.seeds = [bench.problem.space.uniform(3)]
     deaths = Deaths(monkeypatch)
-    calm = fresh("calm")
-    assert deaths.run(Bench(template[1].problem, die=deaths.tick), calm, at=-1) is True
+    copies: list[StudyFolder] = []
+    deaths.on_tick = lambda: copies.append(copy_of(folder, tmp_path / f"killed-{len(copies)}"))
+    bench.die = deaths.tick
+    assert deaths.run(bench, folder, at=-1) is True
+    expected, deaths.on_tick = state_of(folder), None
+    assert len(copies) > 3 * 15
+    for step, copy in enumerate(copies):
+        again = Bench(bench.problem, seeds=bench.seeds)
+        done = {r.id for r in copy.records(TRIALS)}
+        assert again.run(copy) is True
+        assert state_of(copy) == expected, f"killed at step {step}"
+        assert again.evaluated.keys() == {"0000", "0001", "0002"} - done
+
+
+def test_an_error_at_any_step_of_a_trial_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C has it: the code between the error and the top runs on its way out."""
+    template, bench = make_study(tmp_path / "template", trials=2)
+    deaths = Deaths(monkeypatch)
+    bench.seeds, bench.failing, bench.die = [bench.problem.space.uniform(3)], (), deaths.tick
+    calm = copy_of(template, tmp_path / "calm")
+    assert deaths.run(bench, calm, at=-1) is True
     expected, steps = state_of(calm), deaths.count
-    assert steps > 4 * 12
-    for at in range(steps):
-        folder, bench = fresh(f"died-{at}"), Bench(template[1].problem, die=deaths.tick)
+    for at in range(steps // 2, steps):
+        folder = copy_of(template, tmp_path / f"died-{at}")
+        bench.evaluated.clear()
         assert deaths.run(bench, folder, at) is None
         assert deaths.run(bench, folder, at=-1) is True
         assert state_of(folder) == expected, f"after a death at step {at}"
-        # only a candidate whose record was never written is evaluated again
-        assert sum(bench.evaluated.values()) <= 5
+        # a candidate is evaluated again only where its record was never written
+        assert sum(bench.evaluated.values()) <= 3
 
 
 def test_a_process_that_dies_again_and_again_gets_there(
@@ -312,18 +343,17 @@ def test_a_space_without_new_points_ends_the_search_and_stays_ended(
 def test_death_while_the_end_of_the_space_is_noticed_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, bench = make_study(tmp_path / "a", bits=(2, 3), trials=20, budget_bits=3.2)
-    spare = tmp_path / "b"
-    shutil.copytree(first.path.parent, spare)
+    template, bench = make_study(tmp_path / "a", bits=(2, 3), trials=9, budget_bits=2.8)
+    bench.seeds = [bench.problem.space.smallest()]
+    assert fitting_points(bench.problem) == 2
+    first = copy_of(template, tmp_path / "first")
     deaths = Deaths(monkeypatch)
     assert deaths.run(bench, first, at=-1) is False
     expected, steps = state_of(first), deaths.count
-    for at in range(steps - 14, steps):
-        copy = tmp_path / f"c{at}"
-        shutil.copytree(spare, copy)
-        folder = StudyFolder(copy / "s")
-        assert deaths.run(Bench(bench.problem), folder, at) is None
-        assert deaths.run(Bench(bench.problem), folder, at=-1) is False
+    for at in range(steps - 10, steps):  # one ask, three parameters, one tell, twice each
+        folder = copy_of(template, tmp_path / f"died-{at}")
+        assert deaths.run(bench, folder, at) is None
+        assert deaths.run(bench, folder, at=-1) is False
         assert state_of(folder) == expected
 
 
@@ -355,6 +385,26 @@ def test_a_damaged_store_is_one_line(
     expect_one_line(folder, Bench(template[1].problem), r"storage sqlite:.*study\.db")
 
 
+def test_a_store_with_garbled_text_is_one_line(
+    fresh: Callable[[str], StudyFolder], template: Any
+) -> None:
+    folder, bench = fresh("a"), Bench(template[1].problem)
+    path = folder.file("study.db")
+    path.write_bytes(path.read_bytes().replace(b"MAXIMIZE", b"MAX\xff\xfe\xfdZE"))
+    expect_one_line(folder, bench, r"storage sqlite:.*study\.db cannot be used")
+
+
+def test_a_store_of_another_version_of_optuna_is_one_line(
+    fresh: Callable[[str], StudyFolder], template: Any
+) -> None:
+    folder, bench = fresh("a"), Bench(template[1].problem)
+    with sqlite3.connect(folder.file("study.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+        connection.execute("UPDATE version_info SET schema_version = 999, library_version = '99'")
+    connection.close()
+    expect_one_line(folder, bench, r"storage sqlite:.*study\.db cannot be used: .* optuna")
+
+
 def test_a_store_that_lost_its_study_is_one_line(
     fresh: Callable[[str], StudyFolder], template: Any
 ) -> None:
@@ -366,6 +416,8 @@ def test_a_store_that_lost_its_study_is_one_line(
 @pytest.mark.parametrize(
     "url",
     [
+        "sqlite://",
+        "sqlite:///:memory:",
         "not a url",
         "nosuchdatabase://here/there",
         "sqlite:////nowhere/at/all/study.db",

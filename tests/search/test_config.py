@@ -1,0 +1,235 @@
+"""Options: good and bad values of each, the TOML file, and which layer of values wins."""
+
+import dataclasses
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adq.quant.errors import InputError
+from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml
+
+TEXT = ["task", "model", "weights", "device", "study", "storage", "out"]
+WHOLE_FROM = {
+    "first_last_bits": 0,
+    "trials": 1,
+    "epochs": 0,
+    "final_epochs": 0,
+    "fp32_epochs": 0,
+    "seed": 0,
+}
+NUMBER = ["budget_bits", "budget_size_mb", "budget_gbops", "lr"]
+LISTS = ["bits", "act_bits"]
+OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
+OPTIONAL += ["fp32_epochs", "study", "storage"]
+
+
+def refused(field: str, value: Any) -> str:
+    """The error of a bad value, which must open with the option's name and end with the value."""
+    with pytest.raises(InputError) as error:
+        StudyConfig(**{field: value})
+    text = str(error.value)
+    assert text.startswith(f"{field.replace('_', '-')}: expected "), text
+    assert text.endswith(f"got {value!r}"), text
+    assert "\n" not in text
+    return text
+
+
+def test_every_option_is_in_one_of_the_lists_above() -> None:
+    assert sorted([*TEXT, *WHOLE_FROM, *NUMBER, *LISTS]) == sorted(OPTIONS)
+    assert all(f.metadata["help"] for f in OPTIONS.values())
+
+
+def test_the_defaults_are_valid_and_need_no_budget_yet() -> None:
+    config = StudyConfig()
+    assert config.task == "digits"
+    with pytest.raises(InputError, match="no budget"):
+        config.budget  # noqa: B018 (a property that checks)
+    limits = StudyConfig(budget_bits=3, budget_size_mb=2.0, budget_gbops=1.0).budget.limits()
+    assert limits == {"average_bits": 3.0, "size_bytes": 2e6, "bops": 1e9}
+
+
+@pytest.mark.parametrize("field", TEXT)
+def test_texts(field: str) -> None:
+    assert getattr(StudyConfig(**{field: "some text"}), field) == "some text"
+    for bad in (3, True, ["a"], 1.5):
+        assert "a text" in refused(field, bad)
+
+
+@pytest.mark.parametrize(("field", "low"), WHOLE_FROM.items())
+def test_whole_numbers(field: str, low: int) -> None:
+    assert getattr(StudyConfig(**{field: low}), field) == low
+    good = 8 if field == "first_last_bits" else 10**6
+    assert getattr(StudyConfig(**{field: good}), field) == good
+    for bad in (low - 1, -5, 2.0, 2.5, "3", True, False, [2], math.nan):
+        assert f"a whole number of at least {low}" in refused(field, bad)
+
+
+@pytest.mark.parametrize("field", NUMBER)
+def test_numbers(field: str) -> None:
+    for good in (1, 2.5, 1e-9):
+        value = getattr(StudyConfig(**{field: good}), field)
+        assert value == good
+        assert type(value) is float
+    for bad in (0, 0.0, -1, math.nan, math.inf, -math.inf, True, "3", [1.0]):
+        assert "a positive number" in refused(field, bad)
+
+
+@pytest.mark.parametrize("field", LISTS)
+def test_bit_lists(field: str) -> None:
+    for good in ("2,3,8", " 2, 3 ,8 ", [2, 3, 8], (2, 3, 8)):
+        assert getattr(StudyConfig(**{field: good}), field) == (2, 3, 8)
+    for good in (4, "4", [4]):
+        assert getattr(StudyConfig(**{field: good}), field) == (4,)
+    bad_lists = ["", ",", "2,,3", "2,3,", "2;3", "2,x", "2.5", "-2", [], (), [2, 2], "3,2,3"]
+    for bad in (*bad_lists, [1], [9], 1, 9, 16, [2, 3.0], [True], True, 4.0, ["2"], {2: 3}, [[2]]):
+        assert "different whole numbers from 2 to 8" in refused(field, bad)
+
+
+def test_zero_bits_mean_fp32_for_inputs_only() -> None:
+    assert StudyConfig(act_bits="8,0").act_bits == (8, 0)
+    assert StudyConfig(act_bits=0).act_bits == (0,)
+    assert "(or 0 for FP32)" in refused("act_bits", [0, 1])
+    assert "FP32" not in refused("bits", [0, 2])
+
+
+def test_the_pin_is_zero_or_a_bit_width() -> None:
+    for good in (0, 2, 5, 8):
+        assert StudyConfig(first_last_bits=good).first_last_bits == good
+    for bad in (1, 9, 32):
+        assert "0 or 2 to 8" in refused("first_last_bits", bad)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "/abs", "a\nb", "a\0b"])
+def test_a_study_name_stays_inside_its_folder(name: str) -> None:
+    assert "a plain name" in refused("study", name)
+
+
+@pytest.mark.parametrize("field", sorted(OPTIONS))
+def test_none_means_not_given_where_there_is_such_a_thing(field: str) -> None:
+    if field in OPTIONAL:
+        assert getattr(StudyConfig(**{field: None}), field) is None
+    else:
+        refused(field, None)
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StudyConfig().seed = 3  # type: ignore[misc]
+
+
+texts = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1)
+positive = st.floats(min_value=1e-300, max_value=1e300)
+
+
+def subsets(values: list[int]) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.lists(st.sampled_from(values), min_size=1, unique=True).map(tuple)
+
+
+configs = st.builds(
+    StudyConfig,
+    task=texts,
+    model=st.none() | texts,
+    weights=st.none() | texts,
+    budget_bits=st.none() | positive,
+    budget_size_mb=st.none() | positive,
+    budget_gbops=st.none() | positive,
+    bits=subsets([2, 3, 4, 5, 6, 7, 8]),
+    act_bits=subsets([0, 2, 3, 4, 8]),
+    first_last_bits=st.sampled_from([0, 2, 8]),
+    trials=st.integers(1, 10**6),
+    epochs=st.integers(0, 10**6),
+    fp32_epochs=st.none() | st.integers(0, 10**6),
+    lr=positive,
+    seed=st.integers(0, 10**9),
+    study=st.none() | texts.filter(lambda t: t.isprintable() and t[0] != "." and "/" not in t),
+    out=texts,
+)
+
+
+@given(configs)
+def test_a_configuration_survives_its_file(tmp_path_factory: Any, config: StudyConfig) -> None:
+    path = tmp_path_factory.getbasetemp() / "study.toml"
+    path.write_bytes(config.to_toml().encode())
+    assert StudyConfig(**read_toml(path)) == config
+
+
+def test_the_file_has_dashes_and_leaves_out_what_was_not_given() -> None:
+    data = tomllib.loads(StudyConfig(budget_size_mb=1.5, bits=(4, 2)).to_toml())
+    assert data["budget-size-mb"] == 1.5
+    assert data["bits"] == [4, 2]
+    assert data["first-last-bits"] == 8
+    assert "budget-bits" not in data
+    assert not any("_" in key for key in data)
+    missing = {option_name(f) for f in OPTIONS.values()} - data.keys()
+    assert missing == {name.replace("_", "-") for name in OPTIONAL} - {"budget-size-mb"}
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_gives_the_fields_it_names(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'task = "digits"\nbudget-bits = 3\nbits = "2,4"\nact-bits = 8\n')
+    assert read_toml(path) == {
+        "task": "digits",
+        "budget_bits": 3.0,
+        "bits": (2, 4),
+        "act_bits": (8,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("budget-bit = 3", r"mine\.toml: unknown key 'budget-bit'; did you mean 'budget-bits'\?"),
+        ("budget_bits = 3", r"unknown key 'budget_bits'; did you mean 'budget-bits'\?"),
+        ("zzz = 3", r"unknown key 'zzz'; allowed: task, model, .*budget-size-mb.*, out$"),
+        ("[search]\ntrials = 3", r"unknown key 'search'"),
+        ("trials = 3.5", r"mine\.toml: key 'trials': expected a whole number .* got 3\.5"),
+        ("trials = true", r"key 'trials': expected a whole number .* got True"),
+        ("trials = '3'", r"key 'trials': expected a whole number"),
+        ("budget-bits = '3'", r"key 'budget-bits': expected a positive number, got '3'"),
+        ("budget-bits = nan", r"key 'budget-bits': expected a positive number, got nan"),
+        ("lr = true", r"key 'lr': expected a positive number"),
+        ("bits = [2, 9]", r"key 'bits': expected different whole numbers from 2 to 8"),
+        ("bits = [2, 2]", r"key 'bits': expected different"),
+        ("task = 3", r"key 'task': expected a text, got 3"),
+        ("trials = ", r"mine\.toml is not valid TOML: "),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_file_and_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        read_toml(toml(tmp_path, text))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "mine.toml") in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read study file .*none\.toml: No such file"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(InputError, match=r"cannot read study file .*: Is a directory"):
+        read_toml(tmp_path)
+    (tmp_path / "bytes.toml").write_bytes(b"task = '\xff\xfe'")
+    with pytest.raises(InputError, match=r"bytes\.toml is not valid TOML"):
+        read_toml(tmp_path / "bytes.toml")
+
+
+def test_a_later_layer_overrides_and_none_does_not() -> None:
+    config = make_config({"trials": 5, "seed": 3}, {"trials": 7, "seed": None, "out": "here"})
+    assert (config.trials, config.seed, config.out) == (7, 3, "here")
+    assert make_config() == StudyConfig()
+    assert make_config(vars(config), {"seed": 9}) == dataclasses.replace(config, seed=9)
+
+
+def test_an_unknown_option_is_named_with_what_is_allowed() -> None:
+    with pytest.raises(InputError, match=r"unknown option 'trails'; allowed: task, .*trials"):
+        make_config({"trails": 3})

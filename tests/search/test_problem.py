@@ -1,0 +1,214 @@
+"""What is worked out before training: layers, limits, objectives, and every way to refuse."""
+
+import copy
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_task
+import torch
+from torch import nn
+
+from adq.quant.errors import InputError
+from adq.search.budget import OPTION_OF
+from adq.search.config import StudyConfig
+from adq.search.problem import CALIBRATION_SAMPLES, Problem, make_problem, pick_device
+from adq.search.task import Task
+
+NAMES = ["conv1", "conv2", "conv3", "hidden", "out"]
+WEIGHTS = [6 * 9, 6 * 8 * 9, 8 * 12 * 9, 12 * 13, 13 * 10]
+MACS = [54 * 64, 432 * 9, 864, 156, 130]  # 8x8 and 3x3 positions, then one
+CHANNELS = [6, 8, 12, 13, 10]
+
+
+def problem_of(task: Task | None = None, **options: Any) -> Problem:
+    settings = {"budget_bits": 4.0, "bits": (2, 3, 4)} | options
+    config = StudyConfig(task="tiny_task:make_task", **settings)
+    return make_problem(config, task or tiny_task.make_task())
+
+
+def refused(task: Task | None = None, **options: Any) -> str:
+    with pytest.raises(InputError) as error:
+        problem_of(task, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_layers_and_costs_are_those_of_the_net_by_hand() -> None:
+    problem = problem_of(act_bits=(4, 0), first_last_bits=6)
+    assert [la.name for la in problem.layers] == NAMES
+    assert [la.weight_numel for la in problem.layers] == WEIGHTS
+    assert [la.macs for la in problem.layers] == MACS
+    bits = problem.space.bit_vector([(6, 6), (2, 4), (3, 0), (4, 4), (6, 6)])
+    costs = problem.costs.costs(bits)
+    weight, act = [6, 2, 3, 4, 6], [6, 4, 32, 4, 6]
+    assert costs.average_bits == sum(map(lambda n, b: n * b, WEIGHTS, weight)) / sum(WEIGHTS)
+    searched = slice(1, 4)
+    assert costs.average_bits_searched == (
+        sum(map(lambda n, b: n * b, WEIGHTS[searched], weight[searched])) / sum(WEIGHTS[searched])
+    )
+    assert costs.bops == sum(map(lambda m, w, a: m * w * a, MACS, weight, act))
+    inputs = sum(4 * (2**a - 1 + 2) for a in act if a != 32)
+    packed = sum(
+        math.ceil(n * b / 8) + 4 * (2**b + c)
+        for n, b, c in zip(WEIGHTS, weight, CHANNELS, strict=True)
+    )
+    # what stays in FP32: four tensors and an int64 counter a BatchNorm, and three biases
+    rest = 4 * (4 * 6 + 4 * 8) + 2 * 8 + 4 * (12 + 13 + 10)
+    assert costs.size_bytes == packed + inputs + rest
+
+
+def test_limits_and_objectives_follow_the_budgets() -> None:
+    problem = problem_of(budget_size_mb=0.0088, budget_gbops=0.00035)
+    assert problem.limits == {"average_bits": 4.0, "size_bytes": 8800.0, "bops": 350_000.0}
+    assert problem.objectives == ("average_bits", "size_bytes", "bops")
+    assert problem_of().objectives == ("average_bits",)
+
+
+def test_a_choice_of_input_bits_makes_bit_operations_an_objective() -> None:
+    assert problem_of(act_bits=(4, 8)).objectives == ("average_bits", "bops")
+    both = problem_of(act_bits=(4, 8), budget_gbops=0.0003)
+    assert both.objectives == ("average_bits", "bops")
+    alone = problem_of(budget_bits=None, act_bits=(4, 8), budget_gbops=0.0003)
+    assert alone.objectives == ("bops",)
+
+
+def test_measuring_alone_needs_no_budget() -> None:
+    config = StudyConfig(task="tiny_task:make_task")
+    with pytest.raises(InputError, match="no budget"):
+        make_problem(config, tiny_task.make_task())
+    assert make_problem(config, tiny_task.make_task(), budgeted=False).limits == {}
+
+
+@pytest.mark.parametrize("name", list(OPTION_OF))
+@pytest.mark.parametrize("first_last", [0, 8])
+@pytest.mark.parametrize("act_bits", [(8,), (4, 8)])
+def test_the_printed_ends_of_a_range_can_be_searched(
+    name: str, first_last: int, act_bits: tuple[int, ...]
+) -> None:
+    option, _ = OPTION_OF[name]
+    field = option.replace("-", "_")
+    common = {"budget_bits": None, "first_last_bits": first_last, "act_bits": act_bits}
+    texts = [refused(**common | {field: value}) for value in (1e-9, 1e9)]
+    assert texts[0].startswith(f"{option} 1e-09 is below the smallest reachable: ")
+    assert texts[1].startswith(f"{option} 1e+09 is above the largest reachable: ")
+    ends = re.search(r"reaches (\S+) to (\S+)$", texts[0])
+    assert ends is not None
+    assert texts[1].endswith(ends[0])
+    low, high = (problem_of(**common | {field: float(end)}) for end in ends.groups())
+    space = low.space
+    smallest, largest = (
+        low.costs.totals(space.bit_vector(p)) for p in (space.smallest(), space.largest())
+    )
+    assert smallest[name] <= low.costs.limits(low.limits)[name] <= smallest[name] * 1.002
+    assert largest[name] * 0.998 <= high.costs.limits(high.limits)[name] <= largest[name]
+
+
+def test_one_seed_gives_one_model_and_one_set_of_samples() -> None:
+    def start(seed: int) -> list[torch.Tensor]:
+        problem = problem_of(seed=seed)
+        batches = [part for batch in problem.calibration for part in batch]
+        return [*problem.initial_model.state_dict().values(), *batches]
+
+    torch.manual_seed(1)
+    first = start(3)
+    torch.manual_seed(2)
+    assert all(map(torch.equal, first, start(3)))
+    different = [not torch.equal(a, b) for a, b in zip(first, start(4), strict=True)]
+    assert different[0]  # the first layer's weights
+    assert different[-1]  # the last batch's labels
+
+
+def test_building_a_problem_leaves_the_callers_random_state_and_the_model_alone() -> None:
+    torch.manual_seed(9)
+    expected = torch.rand(2)
+    torch.manual_seed(9)
+    built = tiny_task.TinyNet()
+    before = copy.deepcopy(built.state_dict())
+    torch.manual_seed(9)
+    problem = problem_of(replace(tiny_task.make_task(), model=lambda: built))
+    assert torch.equal(torch.rand(2), expected)
+    after = problem.initial_model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)  # BatchNorm's too
+    assert all(module.training for module in problem.initial_model.modules())
+    assert not any(m._forward_hooks for m in problem.initial_model.modules())
+
+
+def test_calibration_takes_the_leading_samples_and_no_more() -> None:
+    problem = problem_of()
+    assert sum(len(y) for _, y in problem.calibration) == 600  # all there are
+    batch = (torch.zeros(400, 1, 8, 8), torch.zeros(400, dtype=torch.long))
+    many = problem_of(replace(tiny_task.make_task(), train=[batch] * 4))
+    assert [len(y) for _, y in many.calibration] == [400, 400, CALIBRATION_SAMPLES - 800]
+
+
+def test_a_single_choice_is_refused() -> None:
+    assert "leaves nothing to search" in refused(bits=(4,), budget_bits=4.0, first_last_bits=0)
+    inputs_alone = problem_of(bits=(3,), act_bits=(4, 8), budget_bits=None, budget_gbops=3e-4)
+    assert inputs_alone.space.size == 8
+    # with no weights to search, the average over the searched layers is that over all
+    costs = inputs_alone.costs.costs(inputs_alone.space.bit_vector(inputs_alone.space.smallest()))
+    assert costs.average_bits_searched == costs.average_bits
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    text = refused(replace(tiny_task.make_task(), model=lambda: "a net"))  # type: ignore[arg-type, return-value]
+    assert text.endswith("model() must give a torch.nn.Module, gave str")
+
+
+def test_an_error_in_the_users_model_or_data_says_where() -> None:
+    def broken() -> nn.Module:
+        raise RuntimeError("no weights\nhere")
+
+    text = refused(replace(tiny_task.make_task(), model=broken))
+    assert text.startswith("task 'tiny_task:make_task', building the model and first batches: ")
+    assert f"RuntimeError: no weights here ({__file__}:" in text
+    wide = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))]
+    text = refused(replace(tiny_task.make_task(), train=wide))
+    assert text.startswith("task 'tiny_task:make_task', a forward pass: RuntimeError: ")
+
+
+def test_empty_training_batches_are_refused() -> None:
+    assert "the training batches are empty" in refused(replace(tiny_task.make_task(), train=[]))
+
+
+def test_a_model_of_too_few_layers_is_refused() -> None:
+    small = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Linear(10, 10))
+    text = refused(replace(tiny_task.make_task(), model=lambda: small))
+    assert "needs at least 3" in text
+
+
+def test_a_small_batch_gets_one_thread_and_a_large_one_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    task = tiny_task.make_task()
+    assert problem_of(task).threads == 1  # 30 samples of 8494 MACs
+    batch = (torch.zeros(1024, 1, 40, 40), torch.zeros(1024, dtype=torch.long))
+    pooled = nn.Sequential(tiny_task.TinyNet().conv1, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    large = nn.Sequential(*pooled, nn.Linear(6, 500), nn.Linear(500, 500), nn.Linear(500, 10))
+    wide = replace(task, model=lambda: large, train=[batch])
+    assert problem_of(wide).threads == 6  # 1024 samples of 344,400 MACs
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "meta", "mps", "", "cpu:x"):
+        with pytest.raises(InputError, match=r"device: expected cpu, cuda, cuda:N or auto, got"):
+            pick_device(name)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(InputError, match=r"device cuda:1: no CUDA device .*--device cpu or auto"):
+        pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cuda") == torch.device("cuda")
+    with pytest.raises(InputError, match=r"device cuda:2: there are 2 CUDA devices"):
+        pick_device("cuda:2")

@@ -1,0 +1,638 @@
+"""A study from beginning to end: what it leaves, recomputed; what stops it; how it goes on."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import tiny_task
+import torch
+from safetensors.torch import load_file
+
+from adq.quant.errors import InputError
+from adq.quant.evaluate import evaluate
+from adq.quant.export.packed import load_packed_
+from adq.quant.files import write_json
+from adq.quant.spec import BitVector
+from adq.search import fp32, run, sensitivity
+from adq.search.config import StudyConfig
+from adq.search.folder import FINAL, MODELS, TRIALS, StudyFolder, open_study
+from adq.search.front import Front, Point
+from adq.search.observer import Observer
+from adq.search.run import load_front, resume, start
+from adq.search.task import Task
+
+NUMEL = {"conv1": 54, "conv2": 432, "conv3": 864, "hidden": 156, "out": 130}
+MACS = {"conv1": 54 * 64, "conv2": 432 * 9, "conv3": 864, "hidden": 156, "out": 130}
+BUDGET = 4.2
+OPTIONS: dict[str, Any] = {
+    "task": "tiny_task:make_task",
+    "budget_bits": BUDGET,
+    "bits": (2, 3, 4, 8),
+    "trials": 14,  # twelve seeds and two proposals
+    "epochs": 0,
+    "final_epochs": 1,
+    "fp32_epochs": 2,
+    "lr": 1e-4,
+    "study": "s",
+}
+QUICK = {"trials": 3, "final_epochs": 0}
+
+
+class Listener(Observer):
+    """Keeps what it hears: (stage, announced steps, notes of its steps)."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int, list[str]]] = []
+        self.bests: list[str] = []
+        self.messages: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append((name, total, []))
+
+    def step(self, note: str = "") -> None:
+        self.stages[-1][2].append(note)
+
+    def best(self, text: str) -> None:
+        self.bests.append(text)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def notes(self, stage: str) -> list[str]:
+        return next((notes for name, _, notes in self.stages if name == stage), [])
+
+
+def config(out: Path, **options: Any) -> StudyConfig:
+    return StudyConfig(**OPTIONS | {"out": str(out)} | options)
+
+
+@dataclass
+class Study:
+    folder: StudyFolder
+    front: Front
+    heard: Listener
+
+
+def study_in(out: Path, task: Task | None = None, **options: Any) -> Study:
+    heard = Listener()
+    front = start(config(out, **options), task or tiny_task.make_task(), heard)
+    return Study(open_study(out, front.study), front, heard)
+
+
+def only_json(folder: StudyFolder, front: Front) -> None:
+    """Charts and pages are test_report's, and take longer than a study."""
+    write_json(folder.file("front.json"), front.to_json())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_report", only_json)
+        patch.setattr(sensitivity, "TRACE_PROBES", 8)
+        patch.setattr(sensitivity, "GRADIENT_SAMPLES", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return study_in(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def two_costs(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Weight and input bits are free, in the first and last layer as well."""
+    options = {"act_bits": (3, 8), "first_last_bits": 0, "budget_bits": 3.5, "seed": 2}
+    return study_in(tmp_path_factory.mktemp("two"), **options)
+
+
+@pytest.fixture(params=["study", "two_costs"])
+def any_study(request: pytest.FixtureRequest) -> Study:
+    return request.getfixturevalue(request.param)
+
+
+def average(bits: dict[str, int], names: Any = NUMEL) -> float:
+    return sum(NUMEL[n] * bits[n] for n in names) / sum(NUMEL[n] for n in names)
+
+
+def all_points(front: Front) -> tuple[Point, ...]:
+    return front.points + front.uniform
+
+
+def test_every_promised_file_is_there(study: Study) -> None:
+    path = study.folder.path
+    promised = ["study.toml", "study.db", "fp32.safetensors", "fp32.json", "sensitivity.json"]
+    promised += ["sensitivity.csv", "front.json", "best.safetensors", "best.bits.json"]
+    promised += ["results.json", TRIALS, FINAL, MODELS]
+    assert {p.name for p in path.iterdir()} - {"lock"} == set(promised)
+    assert {p.name for p in (path / TRIALS).iterdir()} == {f"{i:04d}.json" for i in range(14)}
+    finals = {p.stem for p in (path / FINAL).iterdir()}
+    assert {p.stem for p in (path / MODELS).iterdir()} == finals
+    assert {p.id for p in study.front.points} <= finals
+    assert study.folder.status() == "finished"
+    assert study.front.folder == str(path)
+    assert not list(path.rglob("*.tmp"))
+
+
+def test_front_json_has_the_schemas_keys_and_no_others(any_study: Study) -> None:
+    data = json.loads(any_study.folder.file("front.json").read_text())
+    assert set(data) == {"schema", "study", "task", "metric_name", "fp32_metric", "points"}
+    assert data["schema"] == "adq-front/1"
+    assert data["study"] == "s"
+    assert data["task"] == "tiny_task:make_task"
+    assert data["metric_name"] == "accuracy"
+    for point in data["points"]:
+        assert set(point) == {
+            "id", "metric", "metric_stderr", "average_bits", "average_bits_searched", "size_bytes",
+            "bops", "latency_s", "weight_bits", "act_bits", "seed", "weights",
+        }  # fmt: skip
+    assert data["points"] == [asdict(p) for p in any_study.front.points]
+
+
+def test_the_front_has_points_to_choose_from(any_study: Study) -> None:
+    """What follows says little about a front of one."""
+    assert len(any_study.front.points) >= 3
+
+
+def test_each_points_metric_is_that_of_its_file_on_the_test_split(any_study: Study) -> None:
+    task = tiny_task.make_task()
+    for point in all_points(any_study.front):
+        model = load_packed_(tiny_task.TinyNet(), any_study.folder.path / point.weights)
+        found = evaluate(model, task.test, task.loss, task.metric)
+        assert point.metric == found.metric
+        assert point.metric_stderr == found.metric_stderr
+
+
+def test_each_points_costs_are_those_of_its_bits_and_its_file(any_study: Study) -> None:
+    pinned = (
+        ()
+        if any_study.front.points[0].average_bits_searched == any_study.front.points[0].average_bits
+        else ("conv1", "out")
+    )  # noqa: E501
+    for point in all_points(any_study.front):
+        assert point.average_bits == average(point.weight_bits)
+        assert point.average_bits_searched == average(
+            point.weight_bits, [n for n in NUMEL if n not in pinned]
+        )
+        assert point.bops == sum(
+            MACS[n] * w * point.act_bits[n] for n, w in point.weight_bits.items()
+        )
+        tensors = load_file(any_study.folder.path / point.weights)
+        assert point.size_bytes == sum(t.nbytes for t in tensors.values())
+        assert point.latency_s is None
+
+
+def test_pinned_layers_keep_their_bits_and_the_others_vary(study: Study, two_costs: Study) -> None:
+    for name, width in (("conv1", {8}), ("out", {8})):
+        assert {p.weight_bits[name] for p in study.front.points} == width
+        assert {r.bits.weight[name] for r in study.folder.records(TRIALS)} == width
+        assert len({r.bits.weight[name] for r in two_costs.folder.records(TRIALS)}) > 1
+    for record in two_costs.folder.records(TRIALS):
+        assert record.costs.average_bits_searched == record.costs.average_bits
+
+
+def test_the_fp32_metric_is_that_of_the_fp32_weights(any_study: Study) -> None:
+    task, model = tiny_task.make_task(), tiny_task.TinyNet()
+    model.load_state_dict(load_file(any_study.folder.file("fp32.safetensors")))
+    assert evaluate(model, task.test, task.loss, task.metric).metric == any_study.front.fp32_metric
+
+
+def objectives_of(study: Study) -> list[str]:
+    return json.loads(study.folder.file("results.json").read_text())["objectives"]
+
+
+def raw(study: Study, kind: str) -> dict[str, dict[str, Any]]:
+    """The records as they are on disk, without the seconds."""
+    found = {}
+    for path in sorted((study.folder.path / kind).glob("*.json")):
+        found[path.stem] = json.loads(path.read_text())
+        assert found[path.stem].pop("seconds") > 0
+    return found
+
+
+def undominated(records: dict[str, dict[str, Any]], objectives: list[str]) -> set[str]:
+    def row(record: dict[str, Any]) -> list[float]:
+        return [-record["validation"]["metric"]] + [record["costs"][name] for name in objectives]
+
+    rows = {id: row(record) for id, record in records.items()}
+    return {
+        id
+        for id, mine in rows.items()
+        if not any(
+            other != mine and all(o <= m for o, m in zip(other, mine, strict=True))
+            for other in rows.values()
+        )
+    }
+
+
+def test_no_point_is_dominated_and_no_undominated_record_is_left_out(any_study: Study) -> None:
+    objectives, trials = objectives_of(any_study), raw(any_study, TRIALS)
+    finals = {k: v for k, v in raw(any_study, FINAL).items() if k.startswith("t")}
+
+    def row(record: dict[str, Any]) -> Any:
+        return record["validation"]["metric"], *(record["costs"][n] for n in objectives)
+
+    trained = {f"t{id}" for id in undominated(trials, objectives)}
+    assert set(finals) <= trained
+    # of trials that are equal in every objective one is trained
+    assert {row(trials[id[1:]]) for id in finals} == {row(trials[id[1:]]) for id in trained}
+    shown = {p.id for p in any_study.front.points}
+    front = undominated(finals, objectives)
+    assert shown <= front
+    assert {row(finals[id]) for id in shown} == {row(finals[id]) for id in front}
+    costs = [[getattr(p, name) for name in objectives] for p in any_study.front.points]
+    assert costs == sorted(costs)
+
+
+def test_every_trial_and_every_point_is_within_the_budget(any_study: Study) -> None:
+    limit = any_study.folder.config.budget_bits
+    records = [*raw(any_study, TRIALS).values()]
+    assert all(r["costs"]["average_bits"] <= limit for r in records)
+    assert max(r["costs"]["average_bits"] for r in records) > limit - 0.3
+    assert all(p.average_bits <= limit for p in any_study.front.points)
+    assert len({json.dumps(r["bits"]) for r in records}) == len(records) == 14
+
+
+def test_the_best_is_the_best_on_the_validation_split(any_study: Study) -> None:
+    finals = raw(any_study, FINAL)
+    ranked = sorted(
+        (p.id for p in any_study.front.points),
+        key=lambda id: (-finals[id]["validation"]["metric"], finals[id]["validation"]["loss"]),
+    )
+    best = any_study.front.best
+    assert best.id == ranked[0]
+    path = any_study.folder.path
+    assert (path / "best.safetensors").read_bytes() == (path / best.weights).read_bytes()
+    assert BitVector.load(path / "best.bits.json") == BitVector(best.weight_bits, best.act_bits)
+
+
+def test_the_uniform_models_stand_on_both_sides_of_the_budget_and_train_as_long(
+    study: Study, two_costs: Study
+) -> None:
+    assert [p.id for p in study.front.uniform] == ["uniform-3", "uniform-4"]
+    assert [p.id for p in two_costs.front.uniform] == ["uniform-3", "uniform-4"]
+    for each, limit in ((study, BUDGET), (two_costs, 3.5)):
+        below, above = each.front.uniform
+        assert below.average_bits <= limit < above.average_bits
+        finals = raw(each, FINAL)
+        for point in all_points(each.front):
+            record = finals.get(point.id) or finals[Path(point.weights).stem]
+            assert record["epochs"] == len(record["train_losses"]) == 1
+            assert record["seed"] == each.folder.config.seed
+    assert set(two_costs.front.uniform[0].weight_bits.values()) == {3}
+    assert set(two_costs.front.uniform[0].act_bits.values()) == {8}
+
+
+def test_a_choice_of_input_bits_is_searched_against_bit_operations(two_costs: Study) -> None:
+    assert objectives_of(two_costs) == ["average_bits", "bops"]
+    used = {b for r in two_costs.folder.records(TRIALS) for b in r.bits.act.values()}
+    assert used == {3, 8}
+    store = optuna.load_study(study_name="s", storage=two_costs.folder.storage_url)
+    assert store.metric_names == ["accuracy", "average_bits", "bops"]
+
+
+def test_the_store_holds_what_the_records_say(any_study: Study) -> None:
+    store = optuna.load_study(study_name="s", storage=any_study.folder.storage_url)
+    records = raw(any_study, TRIALS)
+    trials = store.get_trials()
+    assert [f"{t.number:04d}" for t in trials] == list(records)
+    for trial, record in zip(trials, records.values(), strict=True):
+        costs = [record["costs"][name] for name in objectives_of(any_study)]
+        assert trial.values == [record["validation"]["metric"], *costs]
+        for key, width in trial.params.items():
+            kind, _, layer = key.partition(":")
+            assert record["bits"][f"{kind}_bits"][layer] == width
+
+
+def test_progress_comes_in_stages_of_as_many_steps_as_announced(study: Study) -> None:
+    heard = study.heard
+    names = ["FP32 model", "sensitivity", "search", "final training", "report"]
+    assert [name for name, _, _ in heard.stages] == names
+    assert [total for _, total, _ in heard.stages] == [len(notes) for _, _, notes in heard.stages]
+    assert len(heard.notes("FP32 model")) == 2 + 1  # epochs and the evaluation
+    assert len(heard.notes("search")) == 14
+    assert heard.messages == [f"study s in {study.folder.path}"]
+    losses = []  # what is called best only ever gets better
+    for text in heard.bests:
+        losses.append(
+            [
+                -float(text.split("accuracy ")[1].split(",")[0]),
+                float(text.split("loss ")[1].split(",")[0]),
+            ]
+        )  # noqa: E501
+    assert losses == sorted(losses, reverse=True)
+    assert 1 <= len(losses) < 14
+
+
+def contents(folder: StudyFolder) -> dict[str, bytes]:
+    files = (p for p in folder.path.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder.path)): p.read_bytes() for p in files}
+
+
+def test_resuming_a_finished_study_changes_nothing(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.folder.path, tmp_path / "s")
+    folder, heard = StudyFolder(tmp_path / "s"), Listener()
+    before = contents(folder)
+    front = resume(folder, tiny_task.make_task(), heard)
+    assert front == study.front
+    assert contents(folder) == before
+    assert [notes for name, _, notes in heard.stages if name == "search"] == [["done before"] * 14]
+    assert [total for _, total, _ in heard.stages] == [len(notes) for _, _, notes in heard.stages]
+
+
+def test_the_front_is_read_back_as_it_was(any_study: Study) -> None:
+    assert load_front(any_study.folder) == any_study.front
+
+
+def test_one_seed_gives_the_same_study_and_another_does_not(study: Study, tmp_path: Path) -> None:
+    torch.manual_seed(123)  # nothing may depend on what was drawn before
+    again = study_in(tmp_path)
+    assert raw(again, TRIALS) == raw(study, TRIALS)
+    assert raw(again, FINAL) == raw(study, FINAL)
+    assert again.front == study.front
+    for name in ("front.json", "results.json", "fp32.safetensors", "best.safetensors"):
+        assert again.folder.file(name).read_bytes() == study.folder.file(name).read_bytes()
+    other = study_in(tmp_path / "other", seed=1, **QUICK)
+    assert all(r["seed"] == 1 for r in raw(other, TRIALS).values())
+    assert other.front.fp32_metric != study.front.fp32_metric
+
+
+def test_a_second_study_reuses_the_fp32_model_and_another_seed_does_not(tmp_path: Path) -> None:
+    options = QUICK | {"study": None}
+    first = study_in(tmp_path, **options)
+    second = study_in(tmp_path, **options, bits=(2, 4))
+    third = study_in(tmp_path, **options, seed=7)
+    assert [s.front.study for s in (first, second, third)] == [f"tiny_task-{i}" for i in (1, 2, 3)]
+    assert len(first.heard.notes("FP32 model")) == 3
+    assert second.heard.notes("FP32 model") == ["from the cache"]
+    assert len(third.heard.notes("FP32 model")) == 3
+    assert second.front.fp32_metric == first.front.fp32_metric
+
+
+@pytest.mark.parametrize(
+    ("budget", "cost", "limit"),
+    [
+        ({"budget_bits": None, "budget_size_mb": 0.0085}, "size_bytes", 8500),
+        ({"budget_bits": None, "budget_gbops": 0.00035}, "bops", 350_000),
+        ({"budget_gbops": 0.00035}, "average_bits", BUDGET),
+        ({"budget_gbops": 0.00035}, "bops", 350_000),
+    ],
+)
+def test_budgets_of_every_kind_hold(
+    tmp_path: Path, budget: dict[str, Any], cost: str, limit: float
+) -> None:
+    found = study_in(tmp_path, **QUICK, **budget)
+    costs = [getattr(r.costs, cost) for r in found.folder.records(TRIALS)]
+    assert len(costs) == 3
+    assert max(costs) <= limit
+    assert cost in objectives_of(found)
+    assert all(getattr(p, cost) <= limit for p in found.front.points)
+
+
+def test_the_uniform_models_have_bits_that_the_study_may_choose(tmp_path: Path) -> None:
+    """Pins of 5 bits between choices of 2 and 8 make no uniform model of 5 bits."""
+    found = study_in(tmp_path, **QUICK, bits=(2, 8), first_last_bits=5)
+    assert [p.id for p in found.front.uniform] == ["uniform-2", "uniform-8"]
+    for record in found.folder.records(TRIALS):
+        assert {record.bits.weight[n] for n in ("conv2", "conv3", "hidden")} <= {2, 8}
+
+
+def test_a_uniform_model_on_the_front_is_trained_once(tmp_path: Path) -> None:
+    """Of two bit vectors under this budget one is uniform, and it is the best there is."""
+    found = study_in(tmp_path, bits=(2, 8), budget_bits=2.8, trials=9, final_epochs=0)
+    uniform = {
+        r.id
+        for r in found.folder.records(TRIALS)
+        if r.bits.weight["hidden"] == 2
+        and r.bits.weight["conv2"] == 2
+        and r.bits.weight["conv3"] == 2
+    }  # noqa: E501
+    (id,) = uniform
+    point = next(p for p in found.front.uniform if p.id == "uniform-2")
+    assert point.weights == f"models/t{id}.safetensors"
+    assert not found.folder.record_path(FINAL, "uniform-2").exists()
+    assert "the search ends early" in found.heard.messages[-1]
+    assert resume(found.folder, tiny_task.make_task()) == found.front
+
+
+def test_only_one_process_may_run_a_study(study: Study) -> None:
+    with study.folder.locked():
+        with pytest.raises(InputError, match="study 's' is being run by another process"):
+            resume(study.folder, tiny_task.make_task())
+        with pytest.raises(InputError, match="exists already"):
+            start(config(study.folder.path.parent), tiny_task.make_task())
+
+
+def missing(out: Path) -> dict[str, Any]:
+    return {"weights": str(out / "missing.pt")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_bits": 1.0}, "budget-bits 1 is below the smallest reachable"),
+        ({"budget_bits": None}, "no budget"),
+        ({"device": "cuda:99"}, "device cuda:99"),
+        ({"bits": (4,), "budget_bits": None, "budget_gbops": 1.0}, "nothing to search"),
+        ({"storage": "nosuch://x"}, "storage nosuch://x cannot be used"),
+        ({"weights": "missing.pt"}, "weights missing.pt: not a state dict"),
+    ],
+)
+def test_what_can_be_checked_is_checked_before_the_study_appears(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        study_in(tmp_path / "runs", **options)
+    assert "\n" not in str(error.value)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+class Stop(BaseException):
+    """The process ends here."""
+
+
+Place = tuple[Any, str]
+
+
+def stop_at(patch: pytest.MonkeyPatch, place: Place, call: int, after: bool = False) -> None:
+    """End the process in call number `call` of a function, before or after its work."""
+    owner, name = place
+    function, calls = getattr(owner, name), [0]
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise Stop
+        result = function(*args, **kwargs)
+        if calls[0] == call:
+            raise Stop
+        return result
+
+    patch.setattr(owner, name, stopping)
+
+
+PLACES: list[tuple[str, Place, int]] = [
+    ("training FP32", (fp32, "train_"), 1),
+    ("writing FP32's facts", (fp32, "write_json"), 1),
+    ("copying FP32", (fp32, "_copy"), 2),
+    ("measuring", (sensitivity, "measure"), 1),
+    ("writing sensitivities", (sensitivity, "write_json"), 1),
+    ("the first trial", (run, "train_candidate"), 1),
+    ("a later trial", (run, "train_candidate"), 3),
+    ("the first final model", (run, "train_candidate"), 5),
+    ("the second final model", (run, "train_candidate"), 6),
+    ("choosing the best", (run, "best_record"), 8),
+    ("the report", (run, "write_report"), 1),
+    ("the results", (run, "write_json"), 2),
+]
+INTERRUPTED = {"trials": 4, "final_epochs": 0, "fp32_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    found = study_in(tmp_path_factory.mktemp("undisturbed"), **INTERRUPTED)
+    assert len(found.folder.records(FINAL)) >= 3
+    return found
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("place", "call"), [p[1:] for p in PLACES], ids=[p[0] for p in PLACES])
+def test_a_study_stopped_at_any_stage_ends_like_an_undisturbed_one(
+    tmp_path: Path, undisturbed: Study, place: Place, call: int, after: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, place, call, after)
+        with pytest.raises(Stop):
+            study_in(tmp_path, **INTERRUPTED)
+    folder = open_study(tmp_path, "s")
+    # whatever is there is whole
+    written = {k: len(folder.records(k)) for k in (TRIALS, FINAL)}
+    assert folder.status() != "finished" or place[1] == "write_json"
+    trained = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        train = run.train_candidate
+
+        def counted(*args: Any, id: str, **kwargs: Any) -> Any:
+            trained[id] += 1
+            return train(*args, id=id, **kwargs)
+
+        patch.setattr(run, "train_candidate", counted)
+        front = resume(folder, tiny_task.make_task())
+    resumed = Study(folder, front, Listener())
+    assert front == undisturbed.front
+    assert raw(resumed, TRIALS) == raw(undisturbed, TRIALS)
+    assert raw(resumed, FINAL) == raw(undisturbed, FINAL)
+    everything = sum(len(undisturbed.folder.records(k)) for k in (TRIALS, FINAL))
+    assert sum(trained.values()) == everything - sum(written.values())
+
+
+def test_more_trials_extend_a_finished_study_without_repeating_one(tmp_path: Path) -> None:
+    found = study_in(tmp_path, **QUICK)
+    before = raw(found, TRIALS)
+    found.folder.extend(14)
+    heard = Listener()
+    front = resume(found.folder, tiny_task.make_task(), heard)
+    after = raw(found, TRIALS)
+    assert list(after) == [f"{i:04d}" for i in range(14)]
+    assert {id: after[id] for id in before} == before
+    assert len({json.dumps(r["bits"]) for r in after.values()}) == 14
+    assert heard.notes("search")[:3] == ["done before"] * 3
+    assert front == load_front(found.folder)
+    long = study_in(tmp_path / "at-once", **QUICK | {"trials": 14})
+    assert raw(long, TRIALS) == after
+
+
+def failing(select: Callable[[str], bool]) -> Callable[..., Any]:
+    """train_candidate, but those selected by id fail as if their loss had become nan."""
+    train = run.train_candidate
+
+    def train_or_fail(*args: Any, id: str, **kwargs: Any) -> Any:
+        record = train(*args, id=id, **kwargs)
+        if select(id):
+            error = f"the training loss of {id} became nan"
+            return replace(record, validation=None, test=None, weights=None, error=error)
+        return record
+
+    return train_or_fail
+
+
+def test_failed_candidates_are_counted_shown_and_on_no_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "train_candidate", failing(lambda id: id in ("0000", "0002")))
+    found = study_in(tmp_path, **QUICK | {"trials": 5})
+    records = raw(found, TRIALS)
+    assert [id for id, r in records.items() if r["validation"] is None] == ["0000", "0002"]
+    assert not {"t0000", "t0002"} & {p.id for p in found.front.points}
+    assert found.heard.notes("search")[0] == (
+        "trial 0000: failed, the training loss of 0000 became nan"
+    )
+    store = optuna.load_study(study_name="s", storage=found.folder.storage_url)
+    states = [t.state.name for t in store.get_trials()]
+    assert states == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_search_in_which_every_candidate_failed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "train_candidate", failing(lambda id: True))
+    with pytest.raises(InputError, match=r"every candidate failed; the last one: .* of 0002 beca"):
+        study_in(tmp_path, **QUICK)
+
+
+def test_a_final_training_that_fails_is_on_no_front(
+    tmp_path: Path, undisturbed: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = undisturbed.front.best.id
+    monkeypatch.setattr(run, "train_candidate", failing(lambda id: id == gone))
+    found = study_in(tmp_path, **INTERRUPTED)
+    assert gone not in {p.id for p in found.front.points}
+    assert found.front.best.id != gone
+    assert resume(found.folder, tiny_task.make_task()) == found.front
+    monkeypatch.setattr(run, "train_candidate", failing(lambda id: id.startswith("t")))
+    with pytest.raises(InputError, match="every final training failed; the last one: "):
+        study_in(tmp_path / "all", **INTERRUPTED)
+
+
+def test_an_error_of_the_users_code_is_one_line_and_the_study_can_go_on(
+    tmp_path: Path, undisturbed: Study
+) -> None:
+    task, calls = tiny_task.make_task(), [0]
+
+    def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 9:  # two splits of two batches for FP32, then the third candidate
+            raise RuntimeError("the disk\nis gone")
+        return task.metric(outputs, targets)
+
+    with pytest.raises(InputError) as error:
+        study_in(tmp_path, replace(task, metric=metric), **INTERRUPTED)
+    line = metric.__code__.co_firstlineno + 3
+    assert str(error.value) == (
+        "task 'tiny_task:make_task', training candidate 0002: RuntimeError: the disk is gone "
+        f"({__file__}:{line})"
+    )
+    folder = open_study(tmp_path, "s")
+    assert folder.status() == "searching, 2 of 4 trials"
+    with pytest.raises(
+        InputError, match=r"study 's' has no front yet \(searching, 2 of 4 trials\)"
+    ):
+        load_front(folder)
+    assert resume(folder, task) == undisturbed.front
+
+
+@pytest.mark.parametrize("name", ["front.json", "results.json"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"best": "nobody"}'])
+def test_a_damaged_front_is_one_line(
+    undisturbed: Study, tmp_path: Path, name: str, content: str
+) -> None:
+    shutil.copytree(undisturbed.folder.path, tmp_path / "s")
+    (tmp_path / "s" / name).write_text(content)
+    with pytest.raises(InputError, match="damaged") as error:
+        load_front(StudyFolder(tmp_path / "s"))
+    assert "\n" not in str(error.value)
