@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adq.proxies.base import Sensitivity, Table, quantization_errors
 from adq.quant.activation import fit_range
-from adq.quant.batches import Batches, batch_size, device_of, evaluating, forward, to_device
+from adq.quant.batches import Batches, device_of, evaluating, forward, micro_batches, to_device
 from adq.quant.calibrate import input_samples
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
@@ -66,30 +66,29 @@ def gradient_sensitivity(
     act_rows: list[list[list[float]]] = []
     try:
         with evaluating(model):
-            for batch in batches:
-                for i in range(batch_size(batch)):
-                    inputs, targets = to_device(_sample(batch, i), device)
-                    inputs_of.clear()
-                    value = loss(forward(model, inputs), targets)
-                    kept = [(name, x) for name in names for x in inputs_of[name]]
-                    grads = torch.autograd.grad(
-                        value,
-                        weights + ([x for _, x in kept] if act_bits else []),
-                        materialize_grads=True,  # zero for a layer that the loss never meets
-                    )
-                    weight_rows.append(
-                        [
-                            (0.5 * (d @ g.flatten().square())).tolist()
-                            for d, g in zip(squared_errors, grads, strict=False)
-                        ]
-                    )
-                    if act_bits:
-                        scores = {name: [0.0] * len(act_bits) for name in names}
-                        for (name, x), g in zip(kept, grads[len(weights) :], strict=True):
-                            for j, b in enumerate(act_bits):
-                                error = _input_error(x, b, *ranges[name, b])
-                                scores[name][j] += 0.5 * (g * error).square().sum().item()
-                        act_rows.append([scores[name] for name in names])
+            for sample in micro_batches(batches, 1):
+                inputs, targets = to_device(sample, device)
+                inputs_of.clear()
+                value = loss(forward(model, inputs), targets)
+                kept = [(name, x) for name in names for x in inputs_of[name]]
+                grads = torch.autograd.grad(
+                    value,
+                    weights + ([x for _, x in kept] if act_bits else []),
+                    materialize_grads=True,  # zero for a layer that the loss never meets
+                )
+                weight_rows.append(
+                    [
+                        (0.5 * (d @ g.flatten().square())).tolist()
+                        for d, g in zip(squared_errors, grads, strict=False)
+                    ]
+                )
+                if act_bits:
+                    scores = {name: [0.0] * len(act_bits) for name in names}
+                    for (name, x), g in zip(kept, grads[len(weights) :], strict=True):
+                        for j, b in enumerate(act_bits):
+                            error = _input_error(x, b, *ranges[name, b])
+                            scores[name][j] += 0.5 * (g * error).square().sum().item()
+                    act_rows.append([scores[name] for name in names])
     finally:
         for handle in hooks:
             handle.remove()
@@ -100,16 +99,6 @@ def gradient_sensitivity(
     weight = _table(names, bits, weight_rows)
     act = _table(names, act_bits, act_rows) if act_bits else None
     return Sensitivity("fisher", weight, act, len(weight_rows), time.monotonic() - started)
-
-
-def _sample(batch: Any, i: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[i : i + 1]
-    if isinstance(batch, tuple | list):
-        return type(batch)(_sample(part, i) for part in batch)
-    if isinstance(batch, dict):
-        return {key: _sample(part, i) for key, part in batch.items()}
-    return batch
 
 
 def _input_error(x: Tensor, bits: int, step: float, zero_point: int) -> Tensor:

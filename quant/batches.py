@@ -49,7 +49,7 @@ def take_samples(batches: Batches, samples: int) -> list[Batch]:
     for inputs, targets in batches:
         n = batch_size((inputs, targets))
         if n > missing:
-            inputs, targets = _head(inputs, missing), _head(targets, missing)
+            inputs, targets = _part(inputs, 0, missing), _part(targets, 0, missing)
         taken.append((inputs, targets))
         missing -= n
         if missing <= 0:
@@ -57,13 +57,20 @@ def take_samples(batches: Batches, samples: int) -> list[Batch]:
     return taken
 
 
-def _head(value: Any, n: int) -> Any:
+def micro_batches(batches: Batches, size: int) -> Iterator[Batch]:
+    """The same samples in batches of at most `size`."""
+    for inputs, targets in batches:
+        for start in range(0, batch_size((inputs, targets)), size):
+            yield _part(inputs, start, start + size), _part(targets, start, start + size)
+
+
+def _part(value: Any, start: int, stop: int) -> Any:
     if isinstance(value, Tensor):
-        return value[:n]
+        return value[start:stop]
     if isinstance(value, tuple | list):
-        return type(value)(_head(v, n) for v in value)
+        return type(value)(_part(v, start, stop) for v in value)
     if isinstance(value, dict):
-        return {k: _head(v, n) for k, v in value.items()}
+        return {k: _part(v, start, stop) for k, v in value.items()}
     return value
 
 

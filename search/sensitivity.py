@@ -9,7 +9,7 @@ from torch import nn
 from adq.proxies.base import Sensitivity
 from adq.proxies.gradient import gradient_sensitivity
 from adq.proxies.trace import trace_sensitivity
-from adq.quant.batches import take_samples
+from adq.quant.batches import micro_batches, take_samples
 from adq.quant.errors import InputError
 from adq.quant.files import read_json, write_json, write_text
 from adq.search.folder import StudyFolder
@@ -18,7 +18,20 @@ from adq.search.problem import Problem
 from adq.search.space import FP32
 
 SCHEMA = "adq-sensitivity/1"
-TRACE_SAMPLES, TRACE_PROBES, GRADIENT_SAMPLES = 256, 32, 128
+GRADIENT_SAMPLES = 128
+TRACE_MACS = 10**12  # samples · probes · MACs: a minute or two on two cores
+MICRO_BATCH_MACS = 4 * 10**9  # bounds what the graph of a gradient holds in memory
+
+
+def trace_effort(macs: int) -> tuple[int, int, int]:
+    """(samples, probes, micro-batch) of the Hessian trace for a model of `macs` MACs a sample.
+
+    Small models get 256 samples and 32 probes. A large one gets fewer probes first, since each
+    averages over more weights, then fewer samples, down to 16.
+    """
+    probes = 32 if macs * 32 * 256 <= TRACE_MACS else 8
+    samples = min(256, max(16, TRACE_MACS // (probes * macs)))
+    return samples, probes, min(samples, max(1, MICRO_BATCH_MACS // macs))
 
 
 def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sensitivity]:
@@ -29,10 +42,9 @@ def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sens
     if all(len(layer.act) == 1 for layer in problem.space.layers):
         act_bits = []  # nothing to choose, nothing to score
     observer.stage("sensitivity", 2)
-    trace_data = take_samples(problem.calibration, TRACE_SAMPLES)
-    trace = trace_sensitivity(
-        model, problem.layers, bits, trace_data, loss, TRACE_PROBES, config.seed
-    )
+    samples, probes, micro_batch = trace_effort(sum(layer.macs for layer in problem.layers))
+    trace_data = list(micro_batches(take_samples(problem.calibration, samples), micro_batch))
+    trace = trace_sensitivity(model, problem.layers, bits, trace_data, loss, probes, config.seed)
     observer.step(f"Hessian trace, {trace.seconds:.1f} s")
     gradient_data = take_samples(problem.calibration, GRADIENT_SAMPLES)
     gradient = gradient_sensitivity(model, problem.layers, bits, act_bits, gradient_data, loss)

@@ -51,9 +51,9 @@ def make_task() -> Task:
     return Task(
         model=TinyNet,
         loss=F.cross_entropy,
-        train=loader(0, 600, 30, shuffle=True),
-        validation=loader(600, 900, 150),
-        test=loader(900, 1200, 150),
+        train=loader(0, 600, 60, shuffle=True),
+        validation=loader(600, 900, 300),
+        test=loader(900, 1200, 300),
         fp32_epochs=3,
-        fp32_lr=2e-2,
+        fp32_lr=4e-2,
     )

@@ -151,7 +151,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(
         nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 4)
     ).train()
-    model[1].eval()
+    model[2].eval()
     before = copy.deepcopy(model.state_dict())
     modes = [m.training for m in model.modules()]
     trace_layers(model, torch.ones(3, 4))

@@ -217,8 +217,8 @@ def failing_loss(at: int, value: float) -> Callable[[Any, Any], torch.Tensor]:
     ("at", "value", "message"),
     [
         (3, float("nan"), "the training loss became nan in epoch 1, step 4"),
-        (25, float("inf"), "the training loss became inf in epoch 2, step 6"),
-        (40, float("nan"), "the evaluation loss is nan"),  # 2 epochs of 20 steps went well
+        (15, float("inf"), "the training loss became inf in epoch 2, step 6"),
+        (20, float("nan"), "the evaluation loss is nan"),  # 2 epochs of 10 steps went well
     ],
 )
 def test_a_loss_that_is_not_finite_gives_a_failed_record(
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_gives_a_failed_record(
 def test_a_final_test_loss_that_is_not_finite_leaves_no_result_at_all(
     problem: Problem, bits: BitVector
 ) -> None:
-    task = replace(problem.task, loss=failing_loss(20 + 2, float("nan")))
+    task = replace(problem.task, loss=failing_loss(10 + 1, float("nan")))
     record = train_candidate(
         replace(problem, task=task), problem.initial_model, bits, id="0", epochs=1, final=True
     )

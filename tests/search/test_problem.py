@@ -185,12 +185,13 @@ def test_a_small_batch_gets_one_thread_and_a_large_one_all(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     task = tiny_task.make_task()
-    assert problem_of(task).threads == 1  # 30 samples of 8494 MACs
-    batch = (torch.zeros(1024, 1, 40, 40), torch.zeros(1024, dtype=torch.long))
-    pooled = nn.Sequential(tiny_task.TinyNet().conv1, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    large = nn.Sequential(*pooled, nn.Linear(6, 500), nn.Linear(500, 500), nn.Linear(500, 10))
+    assert problem_of(task).threads == 1  # 60 samples of 8494 MACs
+    batch = (torch.zeros(1000, 1, 8, 8), torch.zeros(1000, dtype=torch.long))
+    large = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 2000), nn.Linear(2000, 3000), nn.Linear(3000, 10)
+    )
     wide = replace(task, model=lambda: large, train=[batch])
-    assert problem_of(wide).threads == 6  # 1024 samples of 344,400 MACs
+    assert problem_of(wide).threads == 6  # 1000 samples of 6,158,000 MACs
 
 
 def test_devices() -> None:

@@ -86,14 +86,14 @@ class Case:
 
 
 layer_sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-bit_choices = st.lists(st.integers(2, 8), min_size=2, max_size=4, unique=True)
-act_choices = st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=3, unique=True)
+bit_choices = st.lists(st.integers(2, 8), min_size=2, max_size=3, unique=True)
+act_choices = st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=2, unique=True)
 cost_names = st.lists(
     st.sampled_from(["average_bits", "size_bytes", "bops"]), min_size=1, max_size=3, unique=True
 )
 cases = st.builds(
     Case,
-    st.lists(layer_sizes, min_size=3, max_size=5),
+    st.lists(layer_sizes, min_size=3, max_size=4),
     bit_choices,
     act_choices,
     cost_names,
@@ -115,7 +115,7 @@ def test_seeds_come_first_and_every_proposal_fits_and_is_new(case: Case) -> None
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 3))
 def test_every_fitting_point_is_proposed_once_and_then_one_again(seed: int, seeds: int) -> None:
-    case = Case(SIZES[:3], (2, 3, 8), (4, 8) if seed % 2 else (8,), ["size_bytes"], seed, seeds)
+    case = Case(SIZES[:3], (2, 8), (4, 8) if seed % 2 else (8,), ["size_bytes"], seed, seeds)
     fitting = case.fitting()
     points = case.proposals(len(fitting) + 1)
     assert sorted(map(str, points[:-1])) == sorted(map(str, fitting))

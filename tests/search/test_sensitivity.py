@@ -19,12 +19,19 @@ from adq.search.config import StudyConfig
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
-from adq.search.sensitivity import load_sensitivities, measure, rows, sensitivities, to_csv
+from adq.search.sensitivity import (
+    load_sensitivities,
+    measure,
+    rows,
+    sensitivities,
+    to_csv,
+    trace_effort,
+)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sensitivity, "TRACE_PROBES", 4)
+    monkeypatch.setattr(sensitivity, "trace_effort", lambda macs: (64, 4, 25))
     monkeypatch.setattr(sensitivity, "GRADIENT_SAMPLES", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -40,6 +47,18 @@ def problem_of(**options: Any) -> Problem:
 def equal(a: Any, b: Any) -> bool:
     """Every field of two lists of sensitivities, seconds too."""
     return [x.to_json() for x in a] == [x.to_json() for x in b]
+
+
+@pytest.mark.parametrize("macs", [1, 10**5, 4 * 10**7, 2 * 10**9, 10**12])
+def test_the_effort_of_a_trace_is_bounded_in_time_and_memory(macs: int) -> None:
+    samples, probes, micro_batch = trace_effort(macs)
+    assert 16 <= samples <= 256
+    assert probes in (8, 32)
+    assert 1 <= micro_batch <= samples
+    assert samples == 16 or samples * probes * macs <= 10**12
+    assert micro_batch == 1 or micro_batch * macs <= 4 * 10**9
+    if macs <= 10**8:  # the digits, and CIFAR-10's ResNet-20
+        assert (samples, probes) == (256, 32)
 
 
 def test_tables_have_a_row_a_layer_and_a_column_for_each_width_in_use() -> None:
