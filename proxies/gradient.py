@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.proxies.base import Sensitivity, Table, quantization_errors
-from adq.quant.activation import fit_range
 from adq.quant.batches import Batches, device_of, evaluating, forward, micro_batches, to_device
-from adq.quant.calibrate import input_samples
+from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
@@ -43,10 +42,7 @@ def gradient_sensitivity(
     names = [layer.name for layer in layers]
     weights = [model.get_parameter(f"{name}.weight") for name in names]
     squared_errors = [quantization_errors(w, bits).square().flatten(1) for w in weights]
-    ranges: dict[tuple[str, int], tuple[float, int]] = {}
-    if act_bits:
-        values = input_samples(model, names, batches)
-        ranges = {(n, b): fit_range(values[n], b) for n in names for b in act_bits}
+    ranges = input_ranges(model, dict.fromkeys(names, act_bits) if act_bits else {}, batches)
 
     inputs_of: dict[str, list[Tensor]] = {}
 

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adq.quant.activation import fit_range
 from adq.quant.batches import Batches
-from adq.quant.calibrate import input_samples
+from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.codebook import Initialisation
 from adq.quant.errors import InputError
 from adq.quant.layers import QUANTIZABLE
@@ -45,32 +44,38 @@ def quantize(
         bits = BitVector.load(bits)
     elif not isinstance(bits, BitVector):
         bits = BitVector(dict(bits))
-    return quantize_(copy.deepcopy(model), bits, batches, init=init)
+    for name in bits.weight:
+        _layer(model, name)
+    if bits.act and batches is None:
+        raise InputError("activation bits need batches to calibrate the input ranges: none given")
+    # no `batches or ()`: the truth of a DataLoader is its length, which an iterable one has not
+    data = () if batches is None else batches
+    ranges = input_ranges(model, {name: (b,) for name, b in bits.act.items()}, data)
+    return quantize_(copy.deepcopy(model), bits, ranges, init=init)
 
 
 def quantize_(
     model: nn.Module,
     bits: BitVector,
-    batches: Batches | None = None,
+    ranges: Ranges,
     *,
     init: Initialisation = "quantile-lloyd",
 ) -> nn.Module:
-    """`quantize`, changing `model` itself; a model that cannot be quantized is left as it was."""
+    """`quantize`, changing `model` itself, with input ranges measured before.
+
+    `ranges` has those of every (layer, bits) in `bits.act`. A model that cannot be quantized is
+    left as it was.
+    """
     layers = {name: _layer(model, name) for name in bits.weight}
-    if bits.act and batches is None:
-        raise InputError("activation bits need batches to calibrate the input ranges: none given")
-    ranges = {}
-    if bits.act and batches is not None:
-        samples = input_samples(model, list(bits.act), batches)
-        ranges = {name: fit_range(samples[name], b) for name, b in bits.act.items()}
+    starts = {name: ranges[name, b] for name, b in bits.act.items()}
     for name, layer in layers.items():
         weight = layer.weight
         assert isinstance(weight, Tensor)
         parametrize.register_parametrization(
             layer, "weight", WeightQuantizer(weight, bits.weight[name], init)
         )
-        if name in ranges:
-            quantizer = ActivationQuantizer(bits.act[name], *ranges[name]).to(weight.device)
+        if name in starts:
+            quantizer = ActivationQuantizer(bits.act[name], *starts[name]).to(weight.device)
             attach_input_quantizer(layer, quantizer)
     return model
 

@@ -1,12 +1,13 @@
 """Statistics of a model gathered from data, by explicit calls: input samples, BatchNorm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adq.quant.activation import fit_range
 from adq.quant.batches import Batches, device_of, evaluating, forward, to_device
 from adq.quant.errors import InputError
 
@@ -51,6 +52,28 @@ def input_samples(
             "layer never run?"
         )
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+Ranges = Mapping[tuple[str, int], tuple[float, int]]
+"""(layer, bits of its input) -> (step, zero_point) of the uniform grid that it starts from."""
+
+
+def input_ranges(
+    model: nn.Module, act_bits: Mapping[str, Sequence[int]], batches: Batches
+) -> Ranges:
+    """The best uniform grid for each named layer's input at each of its bit-widths.
+
+    They follow from the FP32 model and the batches alone: a search measures them once for all its
+    candidates.
+    """
+    if not act_bits:
+        return {}
+    samples = input_samples(model, list(act_bits), batches)
+    return {
+        (name, bits): fit_range(samples[name], bits)
+        for name, widths in act_bits.items()
+        for bits in widths
+    }
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 from adq.proxies.costs import Costs
 from adq.quant.apply import quantize_
 from adq.quant.batches import seeded
-from adq.quant.calibrate import reestimate_batchnorm_
+from adq.quant.calibrate import Ranges, reestimate_batchnorm_
 from adq.quant.errors import NonFiniteLossError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import save_packed
@@ -66,6 +66,7 @@ def train_candidate(
     *,
     id: str,
     epochs: int,
+    ranges: Ranges | None = None,
     final: bool = False,
     save_to: Path | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -73,12 +74,15 @@ def train_candidate(
     """Quantize a copy of the FP32 model, fine-tune it, re-estimate BatchNorm, evaluate.
 
     All candidates see the same data in the same order, so that they differ by their bits alone.
+    `ranges` are those of the FP32 model's inputs (`Problem.input_ranges`), measured here if not
+    given.
     A loss that becomes nan or infinite gives a record with an error instead of results.
     """
     started = time.monotonic()
     task, seed = problem.task, problem.config.seed
     with seeded(seed):  # whatever a data pipeline draws, in evaluation too
-        model = quantize_(copy.deepcopy(fp32), bits, problem.calibration)
+        ranges = problem.input_ranges(fp32) if ranges is None else ranges
+        model = quantize_(copy.deepcopy(fp32), bits, ranges)
         losses: list[float] = []
         validation = test = error = weights = None
         try:

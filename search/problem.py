@@ -9,11 +9,12 @@ from torch import nn
 
 from adq.proxies.costs import CostModel
 from adq.quant.batches import Batch, batch_size, seeded, take_samples, to_device
+from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
 from adq.search.budget import check_reachable
 from adq.search.config import StudyConfig
-from adq.search.space import Space, make_space
+from adq.search.space import FP32, Space, make_space
 from adq.search.task import Task, task_call
 
 CALIBRATION_SAMPLES = 1024
@@ -50,6 +51,11 @@ class Problem:
         """
         macs = sum(layer.macs for layer in self.layers) * batch_size(self.calibration[0])
         return 1 if macs < SMALL_BATCH_MACS else torch.get_num_threads()
+
+    def input_ranges(self, fp32: nn.Module) -> Ranges:
+        """Where the input quantizers of every choice start, from the FP32 model's inputs."""
+        act = {layer.name: [b for b in layer.act if b != FP32] for layer in self.space.layers}
+        return input_ranges(fp32, {k: b for k, b in act.items() if b}, self.calibration)
 
     def model_metadata(self, point: str) -> dict[str, Any]:
         """What a packed file says of itself beside its bits."""

@@ -5,6 +5,7 @@ running a study and resuming one are the same thing.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import optuna
 
+from adq.proxies.base import Sensitivity
 from adq.quant.batches import threads
 from adq.quant.errors import InputError
 from adq.quant.files import atomic_path, read_json, write_json
@@ -68,14 +70,22 @@ def resume(
 
 def _run(problem: Problem, folder: StudyFolder, observer: Observer) -> Front:
     fp32 = fp32_model(problem, folder, observer)
-    records = _search(problem, folder, fp32, observer)
-    finals, uniform = _final(problem, folder, fp32, records, observer)
+    found = sensitivities(problem, fp32.model, folder, observer)
+    ranges = problem.call("measuring input ranges", lambda: problem.input_ranges(fp32.model))
+    train = partial(train_candidate, problem, fp32.model, ranges=ranges)
+    records = _search(problem, folder, found, train, observer)
+    finals, uniform = _final(problem, folder, train, records, observer)
     return _results(problem, folder, fp32, finals, uniform, observer)
 
 
-def _search(problem: Problem, folder: StudyFolder, fp32: Fp32, observer: Observer) -> list[Record]:
+def _search(
+    problem: Problem,
+    folder: StudyFolder,
+    found: list[Sensitivity],
+    train: Callable[..., Record],
+    observer: Observer,
+) -> list[Record]:
     config = problem.config
-    found = sensitivities(problem, fp32.model, folder, observer)
     limits = problem.costs.limits(problem.limits)
     seeds = make_seeds(problem.space, problem.costs, limits, found, SEEDS)
     scores = combined_scores(problem.space, found)
@@ -88,7 +98,7 @@ def _search(problem: Problem, folder: StudyFolder, fp32: Fp32, observer: Observe
     def evaluate(id: str, bits: BitVector) -> Record:
         record: Record = problem.call(
             f"training candidate {id}",
-            lambda: train_candidate(problem, fp32.model, bits, id=id, epochs=config.epochs),
+            lambda: train(bits, id=id, epochs=config.epochs),
         )
         return record
 
@@ -124,7 +134,11 @@ def _summary(problem: Problem, record: Record) -> str:
 
 
 def _final(
-    problem: Problem, folder: StudyFolder, fp32: Fp32, records: list[Record], observer: Observer
+    problem: Problem,
+    folder: StudyFolder,
+    train: Callable[..., Record],
+    records: list[Record],
+    observer: Observer,
 ) -> tuple[list[Record], list[Record]]:
     """Final training of the front and of the uniform vectors around the budget."""
     chosen = {f"t{r.id}": r.bits for r in front_records(records, problem.objectives)}
@@ -140,9 +154,7 @@ def _final(
             record = problem.call(
                 f"final training of {id}",
                 partial(
-                    train_candidate,
-                    problem,
-                    fp32.model,
+                    train,
                     bits,
                     id=id,
                     epochs=problem.config.final_epochs,

@@ -1,5 +1,6 @@
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import oracles
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, IterableDataset
 
 from adq.quant import codebook
 from adq.quant.activation import fit_range
@@ -21,6 +23,7 @@ from adq.quant.apply import (
     update_codebooks,
     weight_quantizer,
 )
+from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.spec import BitVector
 
@@ -335,27 +338,49 @@ def test_quantizing_twice_is_refused(net) -> None:
         quantize(net, {"line": 3})
 
 
+def test_act_bits_with_empty_batches_are_refused(net) -> None:
+    with pytest.raises(InputError, match="no calibration input reached head"):
+        quantize(net, BitVector({"head": 4}, {"head": 4}), [])
+
+
+def test_quantizing_in_place_with_measured_ranges_is_the_same(net, batches) -> None:
+    expected = quantize(net, BITS, batches)
+    ranges = input_ranges(net, {name: (2, bits) for name, bits in BITS.act.items()}, batches)
+    found = quantize_(net, BITS, ranges)
+    assert found is net
+    assert same(snapshot(found), snapshot(expected))
+
+
 @pytest.mark.parametrize(
-    ("bits", "batches"),
+    ("bits", "init", "error"),
     [
-        (BitVector({"head": 4, "norm": 4}), None),
-        (BitVector({"head": 4}, {"head": 4}), []),
-        (BitVector({"head": 4}, {"head": 4}), None),
+        (BitVector({"conv": 4, "norm": 4}), "uniform", InputError),
+        (BitVector({"conv": 4, "head": 4}, {"head": 4}), "uniform", KeyError),
+        (BitVector({"conv": 4, "head": 4}), "kmeans", ValueError),
     ],
 )
-def test_a_model_that_cannot_be_quantized_is_left_as_it_was(net, bits, batches) -> None:
+def test_a_model_that_cannot_be_quantized_in_place_is_left_as_it_was(
+    net, bits, init, error
+) -> None:
     before = snapshot(net)
-    with pytest.raises(InputError):
-        quantize_(net, bits, batches)
+    with pytest.raises(error):
+        quantize_(net, bits, {}, init=init)
     assert same(before, snapshot(net))
     assert not any(parametrize.is_parametrized(m) for m in net.modules())
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
-def test_an_unknown_start_is_refused_before_the_model_changes(net) -> None:
-    with pytest.raises(ValueError, match="initialisation: expected one of"):
-        quantize_(net, BitVector({"conv": 4, "head": 4}), init="kmeans")
-    assert not any(parametrize.is_parametrized(m) for m in net.modules())
+class Stream(IterableDataset):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        generator = torch.Generator().manual_seed(0)
+        return iter([(torch.randn(2, 8, 8, generator=generator), 0) for _ in range(6)])
+
+
+def test_a_data_loader_without_a_length_calibrates(net) -> None:
+    quantized = quantize(net, BitVector({"head": 4}, {"head": 4}), DataLoader(Stream(), 3))
+    assert bits_of(quantized).act == {"head": 4}
 
 
 def test_zero_channels_stay_finite_through_quantization_and_backward() -> None:

@@ -12,8 +12,10 @@ from adq.quant.batches import (
     evaluating,
     first_tensor,
     forward,
+    micro_batches,
     seeded,
     take_samples,
+    threads,
     to_device,
 )
 
@@ -78,6 +80,38 @@ def test_take_samples_cuts_every_part_of_a_batch_alike() -> None:
     assert cut_inputs[0].tolist() == cut_inputs[1][0].tolist() == [0, 1]
     assert cut_targets["boxes"].tolist() == [0, 1]
     assert cut_targets["kind"] == "box"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 99])
+def test_micro_batches_are_the_same_samples_in_smaller_batches(size: int) -> None:
+    x = torch.arange(10)
+    batches = [
+        ((x[i : i + 4], [x[i : i + 4]]), {"label": -x[i : i + 4], "kind": "box"})
+        for i in range(0, 10, 4)
+    ]
+    small = list(micro_batches(batches, size))
+    # batches are cut, never joined: 4, 4 and 2 samples
+    sizes = [min(size, n - start) for n in (4, 4, 2) for start in range(0, n, size)]
+    assert [batch_size(batch) for batch in small] == sizes
+    assert torch.cat([inputs[0] for inputs, _ in small]).tolist() == list(range(10))
+    for (first, [second]), targets in small:
+        assert torch.equal(first, second)
+        assert torch.equal(first, -targets["label"])
+        assert targets["kind"] == "box"
+
+
+def test_threads_are_bounded_and_given_back() -> None:
+    @threads(1)
+    def fail() -> None:
+        assert torch.get_num_threads() == 1
+        raise KeyError("stop")
+
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError, match="stop"):
+        fail()
+    assert torch.get_num_threads() == before
+    with threads(before + 5):
+        assert torch.get_num_threads() == before
 
 
 def test_device_of_is_where_the_parameters_are() -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adq.quant.calibrate import SAMPLE_VALUES, input_samples, reestimate_batchnorm_
+from adq.quant.activation import fit_range
+from adq.quant.calibrate import (
+    SAMPLE_VALUES,
+    input_ranges,
+    input_samples,
+    reestimate_batchnorm_,
+)
 from adq.quant.errors import InputError
 
 Batch = tuple[Tensor, None]
@@ -83,6 +89,22 @@ def test_a_layer_that_got_no_input_is_named(batches: list[Batch]) -> None:
     with pytest.raises(InputError, match=r"no calibration input reached .*unused.*: are the"):
         input_samples(model, ["0", "unused"], batches)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_ranges_are_the_best_grids_of_the_samples_at_each_width() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = data((30, 7), 4)
+    found = input_ranges(model, {"2": (2, 8), "0": (3,)}, batches)
+    samples = input_samples(model, ["0", "2"], batches)
+    assert found == {
+        ("2", 2): fit_range(samples["2"], 2),
+        ("2", 8): fit_range(samples["2"], 8),
+        ("0", 3): fit_range(samples["0"], 3),
+    }
+    assert found["2", 2][1] == 0  # rectified
+    assert input_ranges(model, {}, []) == {}
+    with pytest.raises(InputError, match="no calibration input reached 0"):
+        input_ranges(model, {"0": (4,)}, [])
 
 
 class Norms(nn.Module):

@@ -18,6 +18,15 @@ def test_the_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_reader_of_the_old_file_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old, and longer")
+    with open(path) as reader:
+        write_text(path, "new")
+        assert reader.read() == "old, and longer"
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [KeyError("stop"), KeyboardInterrupt()])
 def test_the_old_file_stays_when_the_block_raises(tmp_path: Path, error: BaseException) -> None:
     def write_half(path: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_loaded_model_gives_the_same_logits(trained: nn.Module, file: Path) ->
         assert torch.equal(loaded.get_parameter(f"{name}.weight"), layer.weight)
 
 
+def test_a_packed_input_agrees_with_its_quantizer_at_the_very_thresholds(
+    trained: nn.Module, file: Path
+) -> None:
+    loaded = load_packed_(fp32(), file)
+    for name in BITS.act:
+        quantizer = trained.get_submodule(name).input_quantizer
+        limits = quantizer.thresholds.detach()
+        x = torch.cat([limits, limits.nextafter(limits - 1), limits.nextafter(limits + 1)])
+        assert torch.equal(loaded.get_submodule(name).input_quantizer(x), quantizer(x))
+
+
 def test_a_loaded_model_is_the_fp32_model_with_other_weights(file: Path) -> None:
     loaded = load_packed_(fp32(), file)
     own = {key for key in loaded.state_dict() if "input_quantizer" not in key}
@@ -275,7 +286,7 @@ def test_a_flipped_bit_anywhere_is_refused(file: Path, tmp_path: Path) -> None:
     [header] = struct.unpack("<Q", content[:8])
     spaces = len(content[8 : 8 + header]) - len(content[8 : 8 + header].rstrip(b" "))
     padding = range(8 + header - spaces, 8 + header)
-    for place in (*range(0, 8 + header, 5), *range(8 + header, len(content), 41)):
+    for place in (*range(0, 8 + header, 17), *range(8 + header, len(content), 97)):
         if place in padding:
             continue  # one white space for another is no damage
         for bit in (0, 3, 7):
