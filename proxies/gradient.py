@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from adq.proxies.base import Sensitivity, Table, quantization_errors
-from adq.quant.batches import Batches, device_of, evaluating, forward, micro_batches, to_device
+from adq.quant.batches import (
+    Batches,
+    device_of,
+    differentiable,
+    evaluating,
+    forward,
+    micro_batches,
+    to_device,
+)
 from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
@@ -61,7 +69,7 @@ def gradient_sensitivity(
     weight_rows: list[list[list[float]]] = []  # (samples, layers, bits)
     act_rows: list[list[list[float]]] = []
     try:
-        with evaluating(model):
+        with evaluating(model), differentiable(weights):
             for sample in micro_batches(batches, 1):
                 inputs, targets = to_device(sample, device)
                 inputs_of.clear()

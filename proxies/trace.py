@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from adq.proxies.base import Array, Sensitivity, Table, quantization_errors
-from adq.quant.batches import Batches, batch_size, device_of, evaluating, forward, to_device
+from adq.quant.batches import (
+    Batches,
+    batch_size,
+    device_of,
+    differentiable,
+    evaluating,
+    forward,
+    to_device,
+)
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
@@ -55,7 +63,7 @@ def hutchinson_trace(
     ]
     estimates = torch.zeros(probes, len(weights), dtype=torch.float64)
     samples = 0
-    with evaluating(model):
+    with evaluating(model), differentiable(weights):
         for batch in batches:
             inputs, targets = to_device(batch, device)
             n = batch_size(batch)

@@ -1,7 +1,7 @@
 """What this package asks of data: batches of inputs and targets, and a seeded random state."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +95,19 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let gradients reach `parameters`, frozen ones too, and restore who required them."""
+    required = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_()
+    try:
+        yield
+    finally:
+        for p, before in zip(parameters, required, strict=True):
+            p.requires_grad_(before)
 
 
 @contextmanager

@@ -19,17 +19,21 @@ Initialisation = Literal["quantile", "quantile-lloyd", "uniform"]
 INITIALISATIONS: tuple[Initialisation, ...] = get_args(Initialisation)
 
 LLOYD_STEPS = 20
+SMALLEST_SCALE = 1e-2  # of a channel, relative to its layer's
 DEAD_COUNT = 0.5  # a level whose running count falls below half a weight serves nobody
 
 
 def channel_scale(weight: Tensor) -> Tensor:
     """Root mean square of each output channel (dimension 0), shape (C, 1, ..., 1).
 
-    A channel that is exactly zero gets scale 1, so that normalising it gives zeros and not 0/0.
+    Never less than a hundredth of the whole layer's: dividing by the scale of a channel that is
+    zero or nearly so (pretrained depthwise filters have some) would give 0/0, or let one
+    optimiser step throw its values far outside the codebook. A layer of zeros gets scale 1.
     """
     flat = weight.flatten(1).float()
     rms = flat.square().mean(dim=1).sqrt()
-    rms = torch.where(rms > 0, rms, torch.ones_like(rms))
+    floor = SMALLEST_SCALE * rms.square().mean().sqrt()
+    rms = torch.maximum(rms, torch.where(floor > 0, floor, torch.ones_like(floor)))
     return rms.reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
 
 
@@ -39,15 +43,16 @@ def initial_levels(x: Tensor, bits: int, method: Initialisation = "quantile-lloy
     - `quantile`: quantiles of the positive and of the negative values, and an exact zero. This is
       the paper's start; its levels are as dense as the values, where least squared error wants
       the cube root of that density.
-    - `quantile-lloyd`: the K quantile midpoints of all values, then 20 Lloyd steps.
+    - `quantile-lloyd`: quantile midpoints of the cube root of the values' density, then 20 Lloyd
+      steps. (From quantiles of the density itself 20 steps do not reach the optimum: at 4, 6 and
+      8 bits of a Gaussian they leave 1.15, 2.6 and 6.6 times the squared error.)
     - `uniform`: the symmetric grid (k − (K−1)/2)·Δ with the Δ of least squared error.
     """
     ordered = x.detach().flatten().float().sort().values
     if method == "quantile":
         return signed_quantiles(ordered, bits).to(x.dtype)
     if method == "quantile-lloyd":
-        midpoints = _quantiles(ordered, 2**bits)
-        return lloyd(ordered, midpoints, LLOYD_STEPS).to(x.dtype)
+        return lloyd(ordered, cube_root_quantiles(ordered, bits), LLOYD_STEPS).to(x.dtype)
     if method == "uniform":
         return best_uniform(ordered, bits).to(x.dtype)
     raise ValueError(f"initialisation: expected one of {INITIALISATIONS}, got {method!r}")
@@ -80,6 +85,24 @@ def signed_quantiles(ordered: Tensor, bits: int) -> Tensor:
     levels = torch.cat(parts)
     # only an all-zero layer leaves levels over; repeat zero rather than invent one
     return torch.cat([levels, levels.new_zeros(k - levels.numel())]).sort().values
+
+
+def cube_root_quantiles(ordered: Tensor, bits: int) -> Tensor:
+    """The K quantile midpoints of the density p^(1/3), p estimated by a histogram.
+
+    Many levels serve a density p with least squared error when their own density is proportional
+    to p^(1/3) (Panter and Dite 1951; Gersho and Gray, Vector Quantization, section 5.6).
+    """
+    n, low, high = ordered.numel(), ordered[0].double(), ordered[-1].double()
+    bins = min(1024, max(8, n // 16))
+    edges = torch.lerp(low, high, torch.linspace(0, 1, bins + 1, device=ordered.device).double())
+    below = torch.searchsorted(ordered, edges[1:].to(ordered.dtype), right=True)
+    counts = torch.cat([below[:1], below.diff()])
+    mass = torch.cat([edges.new_zeros(1), counts.double().pow(1 / 3).cumsum(0)])
+    wanted = (torch.arange(2**bits, device=ordered.device).double() + 0.5) / 2**bits * mass[-1]
+    cell = torch.searchsorted(mass, wanted).clamp(1, bins)
+    fraction = (wanted - mass[cell - 1]) / (mass[cell] - mass[cell - 1])
+    return torch.lerp(edges[cell - 1], edges[cell], fraction).to(ordered.dtype)
 
 
 def lloyd(ordered: Tensor, levels: Tensor, steps: int) -> Tensor:
@@ -159,7 +182,7 @@ def statistics(x: Tensor, levels: Tensor) -> Statistics:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Sorted levels with their running counts N and sums M, all of shape (K,)."""
+    """Sorted levels with their running counts N and sums M (at least float32), all of shape (K,)."""
 
     levels: Tensor
     counts: Tensor
@@ -170,7 +193,8 @@ def new_codebook(x: Tensor, bits: int, method: Initialisation = "quantile-lloyd"
     """A codebook started from `x`: N counts the values of each level, and M = N·c."""
     levels = initial_levels(x, bits, method)
     now = statistics(x, levels)
-    return Codebook(levels, now.counts.to(x.dtype), (now.counts * levels.double()).to(x.dtype))
+    dtype = torch.promote_types(x.dtype, torch.float32)  # float16 cannot count beyond 65504
+    return Codebook(levels, now.counts.to(dtype), (now.counts * levels.double()).to(dtype))
 
 
 def ema_step(codebook: Codebook, x: Tensor, decay: float, epsilon: float = 1e-5) -> Codebook:
@@ -195,8 +219,11 @@ def ema_step(codebook: Codebook, x: Tensor, decay: float, epsilon: float = 1e-5)
     levels = torch.where(dead, codebook.levels.double(), sums / smoothed)
     levels, counts, sums = _split_worst(levels, counts, sums, dead, now)
     order = levels.argsort(stable=True)
-    dtype = codebook.levels.dtype
-    return Codebook(levels[order].to(dtype), counts[order].to(dtype), sums[order].to(dtype))
+    return Codebook(
+        levels[order].to(codebook.levels.dtype),
+        counts[order].to(codebook.counts.dtype),
+        sums[order].to(codebook.sums.dtype),
+    )
 
 
 def _split_worst(

@@ -7,6 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from adq.quant.errors import InputError
 
 
@@ -27,6 +31,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file; tensors that share memory are stored once for each name."""
+    own = {}
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        own[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    with atomic_path(path) as temporary:
+        try:
+            save_file(own, temporary, metadata)
+        except SafetensorError as error:  # how safetensors reports what the disk refuses
+            raise InputError(f"cannot write {path}: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:

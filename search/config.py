@@ -66,6 +66,8 @@ class StudyConfig:
                 f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "
                 f"{self.first_last_bits}"
             )
+        if self.seed >= 2**32:  # numpy's limit; torch's is not far off for seed · 10,007 + epoch
+            raise InputError(f"seed: expected less than 2^32, got {self.seed}")
         if self.study is not None and (
             not self.study
             or self.study.startswith(".")

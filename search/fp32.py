@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adq.quant.batches import seeded, take_samples
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
-from adq.quant.files import atomic_path, read_json, write_json
+from adq.quant.files import atomic_path, read_json, write_json, write_tensors
 from adq.quant.qat import TrainingConfig, train_
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
@@ -96,23 +96,11 @@ def _train_and_save(
             ],
         )
     observer.step(f"validation {task.metric_name} {validation.metric:.4f}")
-    with atomic_path(weights) as temporary:
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(_unshared(state), temporary)
+    write_tensors(weights, model.state_dict(), {})
     write_json(
         facts,
         {"train_losses": losses, "validation": asdict(validation), "test": asdict(test)},
     )
-
-
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors stored once for each name: safetensors refuses shared memory."""
-    seen: set[int] = set()
-    out = {}
-    for key, value in state.items():
-        out[key] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
-    return out
 
 
 def _content_key(problem: Problem, epochs: int) -> str:

@@ -217,3 +217,23 @@ def monotone(scores: Sequence[Numbers], bits: Sequence[int]) -> list[list[float]
         [max(0.0, *(s for s, other in zip(row, bits, strict=True) if other >= b)) for b in bits]
         for row in scores
     ]
+
+
+def cube_root_quantiles(values: Numbers, k: int, bins: int) -> list[float]:
+    """Midpoints (i + 1/2)/k of the histogram's counts to the power 1/3, bin by bin."""
+    low, high = min(values), max(values)
+    width = (high - low) / bins
+    counts = [0] * bins
+    for value in values:
+        # bins are open below and closed above, but the first one holds the minimum
+        counts[max(0, min(bins - 1, math.ceil((value - low) / width) - 1))] += 1
+    mass = [count ** (1 / 3) for count in counts]
+    found = []
+    for i in range(k):
+        wanted = (i + 0.5) / k * sum(mass)
+        bin = 0
+        while wanted > mass[bin]:
+            wanted -= mass[bin]
+            bin += 1
+        found.append(low + width * (bin + wanted / mass[bin]))
+    return found

@@ -12,7 +12,7 @@ from adq.quant.layers import LayerInfo
 from adq.search.space import Option, Space, make_space
 
 Sizes = Sequence[tuple[int, int, int]]
-"""(outputs, inputs, positions) of each layer: weights outputs · inputs, MACs weights · positions."""
+"""(outputs, inputs, positions) of each layer: weights outputs·inputs, MACs weights·positions."""
 
 
 def toy_layers(sizes: Sizes) -> tuple[LayerInfo, ...]:

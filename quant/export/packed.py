@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adq.quant import codebook
@@ -35,7 +34,7 @@ from adq.quant.apply import (
     weight_quantizer,
 )
 from adq.quant.errors import InputError
-from adq.quant.files import atomic_path
+from adq.quant.files import write_tensors
 from adq.quant.modules import ActivationQuantizer
 from adq.quant.packing import pack, packed_bytes, unpack
 from adq.quant.spec import BitVector
@@ -83,7 +82,7 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
             own.add(f"{name}.{INPUT_QUANTIZER}.")
     for key, value in model.state_dict().items():
         if not key.startswith(tuple(own)):
-            tensors[key] = value.clone()  # tied parameters share memory, which safetensors refuses
+            tensors[key] = value
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
@@ -91,11 +90,7 @@ def save_packed(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back."""
     header = json.dumps({"schema": SCHEMA, "bits": bits_of(model).to_json(), **metadata})
     tensors = packed_tensors(model)
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"adq": header, "sha256": _digest(header, tensors)})
-        except SafetensorError as error:  # how safetensors reports what the disk refuses
-            raise InputError(f"cannot write {path}: {error}") from None
+    write_tensors(path, tensors, {"adq": header, "sha256": _digest(header, tensors)})
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adq.quant.batches import seeded
 from adq.quant.errors import InputError
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml
 
@@ -67,6 +68,13 @@ def test_whole_numbers(field: str, low: int) -> None:
     assert getattr(StudyConfig(**{field: good}), field) == good
     for bad in (low - 1, -5, 2.0, 2.5, "3", True, False, [2], math.nan):
         assert f"a whole number of at least {low}" in refused(field, bad)
+
+
+def test_a_seed_is_one_that_every_generator_takes() -> None:
+    assert StudyConfig(seed=2**32 - 1).seed == 2**32 - 1
+    with seeded(StudyConfig(seed=2**32 - 1).seed * 10_007 + 10**6):  # as in the last epochs
+        pass
+    assert "less than 2^32" in refused("seed", 2**32)
 
 
 @pytest.mark.parametrize("field", NUMBER)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adq.quant import files
 from adq.quant.apply import original_weight, quantize, quantized_layers, weight_quantizer
 from adq.quant.errors import InputError
 from adq.quant.export import packed
@@ -390,7 +391,7 @@ def test_a_failed_save_leaves_the_earlier_file(trained, file: Path, monkeypatch)
 
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_packed(trained, file, {"model": object()})
-    monkeypatch.setattr(packed, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(InputError, match=r"cannot write .*model\.safetensors: No space left"):
         save_packed(trained, file, {})
     assert file.read_bytes() == before
