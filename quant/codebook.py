@@ -182,7 +182,7 @@ def statistics(x: Tensor, levels: Tensor) -> Statistics:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Sorted levels with their running counts N and sums M (at least float32), all of shape (K,)."""
+    """Sorted levels, running counts N and running sums M (float32 or more), all of shape (K,)."""
 
     levels: Tensor
     counts: Tensor

@@ -185,6 +185,26 @@ def test_the_packed_file_of_a_final_candidate_gives_its_results_again(
     assert BitVector.from_json(metadata["bits"]) == bits
 
 
+def test_batchnorm_is_estimated_anew_for_the_quantized_layers(
+    problem: Problem, tmp_path: Path
+) -> None:
+    """Its mean is that of what two-bit weights make of the calibration samples."""
+    bits = problem.space.bit_vector(problem.space.smallest())
+    path = tmp_path / "weights.safetensors"
+    train_candidate(problem, problem.initial_model, bits, id="0", epochs=0, save_to=path)
+    model = load_packed_(tiny_task.TinyNet(), path)
+    seen: list[torch.Tensor] = []
+    model.bn2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for module in (model.bn1, model.bn2):
+            module.train()  # the statistics of each batch, as while they were estimated
+            module.momentum = 0.0
+        for x, _ in problem.calibration:
+            model(x)
+    mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+    torch.testing.assert_close(model.bn2.running_mean, mean, rtol=1e-4, atol=1e-5)
+
+
 def test_the_bits_asked_for_are_the_bits_trained(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

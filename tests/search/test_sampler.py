@@ -133,6 +133,16 @@ def test_the_only_points_of_a_tight_budget_in_a_large_space_are_all_found() -> N
     assert sorted(map(str, points)) == sorted(map(str, steps))
 
 
+def test_the_last_point_of_a_tight_budget_is_found_among_a_great_many_that_do_not_fit() -> None:
+    """Of 4^24 points 25 fit, and 24 are taken."""
+    case = Case([(3, 2, 1)] * 24, (2, 3, 4, 8), (8,), ["average_bits"], seeds=0)
+    case.limits = {"average_bits": 24 * 6 * 2 + 6}
+    steps = [[(3 if i == up else 2, 8) for i in range(24)] for up in range(25)]
+    taken = {str(step) for step in steps if step != steps[17]}
+    found = case.sampler().fresh(steps[3], taken, np.random.default_rng(0))
+    assert found == steps[17]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_proposals_follow_from_seed_number_and_history_alone(seed: int) -> None:
     case = Case(SIZES, (2, 3, 4), (4, 8), ["average_bits", "bops"], seed)
@@ -239,6 +249,15 @@ def test_repair_takes_the_step_with_the_least_loss_per_cost_saved() -> None:
     assert case.sampler().repair(full) == [(3, 8), (2, 8), (3, 8)]
     case.scores = case.scores[1::-1] + case.scores[2:]
     assert case.sampler().repair(full) == [(2, 8), (3, 8), (3, 8)]
+
+
+def test_costs_over_their_limits_count_in_parts_of_those_limits() -> None:
+    """24 bits of 80 and 192 bit operations of 3470 are more than 3 bits and 960 operations."""
+    sizes = [(4, 6, 1), (3, 1, 40), (1, 1, 1)]
+    case = Case(sizes, (2, 3), (8,), ["average_bits", "bops"], seeds=0)
+    case.limits = {"average_bits": 80, "bops": 3470}
+    case.scores = [np.array([1.0, 0.0]), np.array([1.0, 0.0]), np.array([9.0, 0.0])]
+    assert case.sampler().repair([(3, 8)] * 3) == [(2, 8), (3, 8), (3, 8)]
 
 
 def test_a_parameter_of_another_space_is_refused() -> None:

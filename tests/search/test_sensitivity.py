@@ -92,6 +92,12 @@ def test_one_seed_measures_the_same_and_another_does_not() -> None:
     first = scores(0)
     assert all(map(np.array_equal, first, scores(0)))
     assert not any(map(np.array_equal, first, scores(1)))
+    # on the same samples the seed decides the probes of the trace, and Fisher draws nothing
+    problem = problem_of()
+    reseeded = replace(problem, config=replace(problem.config, seed=1))
+    trace, fisher = measure(reseeded, problem.initial_model, Observer())
+    assert not np.array_equal(trace.weight.score, first[0])
+    assert np.array_equal(fisher.weight.score, first[1])
 
 
 def test_a_layer_scored_sensitive_is_sensitive() -> None:

@@ -125,8 +125,11 @@ def fresh(template: tuple[StudyFolder, Bench], tmp_path: Path) -> Callable[[str]
     return lambda name: copy_of(template[0], tmp_path / name)
 
 
-def test_the_study_names_its_metric_and_costs_and_their_directions(tmp_path: Path) -> None:
+def test_the_study_names_its_metric_and_costs_and_their_directions(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     folder, _ = make_study(tmp_path, budget_size_mb=0.0088, act_bits=(4, 8))
+    assert len(recwarn) == 0  # Optuna calls the names experimental; users need not hear of it
     study = load(folder)
     assert study.metric_names == ["accuracy", "average_bits", "size_bytes", "bops"]
     assert [d.name for d in study.directions] == ["MAXIMIZE"] + ["MINIMIZE"] * 3
