@@ -5,11 +5,12 @@ mend (one line says what), 130 interrupted. Heavy imports happen inside the comm
 """
 
 import inspect
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,9 +93,8 @@ def run(
 
     resolved = make_config(read_toml(config) if config else {}, values)
     resolved.budget  # noqa: B018 (a missing budget is said before anything is loaded)
-    task = load_task(resolved.task, resolved.model)
     with _observer() as observer:
-        front = start(resolved, task, observer)
+        front = start(resolved, load_task(resolved.task, resolved.model), observer)
     _print_front(front, as_json)
 
 
@@ -183,7 +183,7 @@ def pareto(
     if format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     root = _out(context, None)
-    if out is not None and (Path(out) / name).is_dir():
+    if out is not None and Path(name).name == name and (Path(out) / name).is_dir():
         root, out = out, None
     folder = open_study(root, name)
     content = render(folder, load_front(folder), format)
@@ -213,7 +213,8 @@ def sensitivity(
 
     values["out"] = _out(context, values["out"]) if values["out"] or context.obj else None
     resolved = make_config(read_toml(config) if config else {}, values)
-    problem = make_problem(resolved, load_task(resolved.task, resolved.model), budgeted=False)
+    with redirect_stdout(sys.stderr):
+        problem = make_problem(resolved, load_task(resolved.task, resolved.model), budgeted=False)
     root = Path(resolved.out)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -252,11 +253,13 @@ def _observer() -> "Iterator[Observer]":
     from adq.console import BarObserver, PlainObserver
 
     console = Console(stderr=True)
-    if console.is_terminal:
-        with BarObserver(console) as observer:
-            yield observer
-    else:
-        yield PlainObserver()
+    # what a user's code prints is no result of ours
+    with redirect_stdout(sys.stderr):
+        if console.is_terminal:
+            with BarObserver(console) as observer:
+                yield observer
+        else:
+            yield PlainObserver()
 
 
 def _print_front(front: "Front", as_json: bool) -> None:
@@ -299,6 +302,9 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def main() -> None:
     """The entry point of `adq-search`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     # Spinning OpenMP threads make two busy processes ten times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

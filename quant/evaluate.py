@@ -59,6 +59,8 @@ def evaluate(model: nn.Module, batches: Batches, loss: Loss, metric: Metric) -> 
     mean_loss = total_loss / samples
     if not math.isfinite(mean_loss):
         raise NonFiniteLossError(f"the evaluation loss is {mean_loss}: check the data and the loss")
+    if not all_values.isfinite().all():
+        raise NonFiniteLossError("the metric is nan or infinite for some sample: check the metric")
     spread = all_values.std(correction=1).item() if samples > 1 else 0.0
     return Evaluation(mean_loss, all_values.mean().item(), spread / math.sqrt(samples), samples)
 

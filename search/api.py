@@ -51,9 +51,7 @@ def resume(
     Raises InputError when there is no such study, or when it is damaged.
     """
     folder = open_study(out, name)
-    if trials is not None:
-        folder.extend(trials)
-    return run_on(folder, _task(folder.config, task), observer)
+    return run_on(folder, _task(folder.config, task), observer, trials=trials)
 
 
 def _task(config: StudyConfig, given: Task | str | None) -> Task:

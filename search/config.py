@@ -34,7 +34,7 @@ class StudyConfig:
         None, "text", "a state dict (.safetensors, .pt) to start the FP32 model from"
     )
     budget_bits: float | None = _option(None, "number", "average bits a weight, at most")
-    budget_size_mb: float | None = _option(None, "number", "size in 10^6 bytes, at most")
+    budget_size_mb: float | None = _option(None, "number", "10^6 bytes of packed tensors, at most")
     budget_gbops: float | None = _option(None, "number", "10^9 bit operations a sample, at most")
     bits: tuple[int, ...] = _option((2, 3, 4, 6, 8), "weight-bits", "weight bits to choose from")
     act_bits: tuple[int, ...] = _option(

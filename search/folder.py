@@ -74,24 +74,27 @@ class StudyFolder:
     def records(self, kind: str) -> list[Record]:
         return [_record(path) for path in sorted((self.path / kind).glob("*.json"))]
 
-    def extend(self, trials: int) -> None:
-        """Raise the study's number of trials; the study counts as unfinished again."""
+    def extended(self, trials: int | None) -> StudyConfig:
+        """The configuration with its number of trials raised to `trials`."""
         config = self.config
+        if trials is None:
+            return config
         if trials < config.trials:
             raise InputError(
                 f"trials: study {self.name!r} has {config.trials}; expected at least as many, got "
                 f"{trials}"
             )
-        with self.locked():
-            write_text(
-                self.file("study.toml"), make_config(vars(config), {"trials": trials}).to_toml()
-            )
-            if trials > config.trials:
-                self.file("results.json").unlink(missing_ok=True)
+        return make_config(vars(config), {"trials": trials})
+
+    @property
+    def finished(self) -> bool:
+        """Whether results.json holds what this many trials led to."""
+        path = self.file("results.json")
+        return path.exists() and read_json(path).get("trials") == self.config.trials
 
     def status(self) -> str:
         """How far the study is, in words."""
-        if self.file("results.json").exists():
+        if self.finished:
             return "finished"
         if any((self.path / FINAL).glob("*.json")):
             return "final training"
@@ -148,15 +151,15 @@ def create_study(config: StudyConfig, prepare: Callable[[StudyFolder], None]) ->
     try:
         while True:
             name = config.study or _next_name(root, config.task)
-            named = make_config(vars(config), {"study": name})
-            write_text(temporary / "study.toml", named.to_toml())
-            for part in (TRIALS, FINAL, MODELS):
-                (temporary / part).mkdir(exist_ok=True)
-            prepare(StudyFolder(temporary))
-            os.chmod(temporary, 0o755)
             try:
-                if (root / name).exists():
+                if (root / name).exists():  # before `prepare` makes a study in a shared storage
                     raise FileExistsError(errno.EEXIST, "")
+                named = make_config(vars(config), {"study": name})
+                write_text(temporary / "study.toml", named.to_toml())
+                for part in (TRIALS, FINAL, MODELS):
+                    (temporary / part).mkdir(exist_ok=True)
+                prepare(StudyFolder(temporary))
+                os.chmod(temporary, 0o755)
                 os.rename(temporary, root / name)
                 return StudyFolder(root / name)
             except OSError as error:

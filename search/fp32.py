@@ -1,6 +1,7 @@
 """The FP32 model: loaded or trained once, kept by a content key, measured."""
 
 import hashlib
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,27 +34,49 @@ class Fp32:
 def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp32:
     """The study's FP32 model: from its folder, else from the cache, else trained now.
 
-    Raises InputError when given weights do not fit, or when training diverges.
+    The cache holds weights only; the metrics are measured for each study.
+
+    Raises InputError when given weights do not fit, when training diverges, or when the task is
+    no longer the one that the study began with.
     """
     model, (weights, facts) = problem.initial_model, _paths(folder.path, "fp32")
+    if problem.config.weights is not None and not facts.exists():
+        load_user_weights(model, Path(problem.config.weights))
     if not facts.exists():
         epochs = _epochs(problem)
-        if problem.config.weights is not None:
-            load_user_weights(model, Path(problem.config.weights))
-        key = _content_key(problem, epochs)
-        cached_weights, cached_facts = _paths(folder.cache, f"fp32-{key}")
-        if _readable(cached_weights, cached_facts):
-            observer.stage("FP32 model", 1)
+        key = content_key(problem, epochs)
+        cached_weights, cached_losses = _paths(folder.cache, f"fp32-{key}")
+        if _readable(cached_weights, cached_losses):
+            observer.stage("FP32 model", 2)
             observer.step("from the cache")
+            losses = read_json(cached_losses)["train_losses"]
         else:
             folder.cache.mkdir(exist_ok=True)
-            _train_and_save(problem, epochs, cached_weights, cached_facts, observer)
+            observer.stage("FP32 model", epochs + 1)
+            losses = _train(problem, epochs, observer)
+            write_tensors(cached_weights, model.state_dict(), {})
+            write_json(cached_losses, {"train_losses": losses})
         _copy(cached_weights, weights)
-        _copy(cached_facts, facts)
-    _load(model, weights)
+        _load(model, weights)
+        validation, test = _evaluate(problem)
+        observer.step(f"validation {problem.task.metric_name} {validation.metric:.4f}")
+        write_json(
+            facts,
+            {
+                "train_losses": losses,
+                "validation": asdict(validation),
+                "test": asdict(test),
+                "task_key": task_key(problem),
+            },
+        )
     data = read_json(facts)
     try:
-        return Fp32(
+        if data["task_key"] != task_key(problem):
+            raise InputError(
+                f"study {folder.name!r}: the task's data, loss or model, or the choices of bits, "
+                "are not those that the study began with; restore them, or start a new study"
+            )
+        found = Fp32(
             model.eval(),
             Evaluation(**data["validation"]),
             Evaluation(**data["test"]),
@@ -61,6 +84,8 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{facts} is damaged: {error}") from None
+    _load(model, weights)
+    return found
 
 
 def _epochs(problem: Problem) -> int:
@@ -71,16 +96,13 @@ def _epochs(problem: Problem) -> int:
     return 0 if config.weights is not None else problem.task.fp32_epochs
 
 
-def _train_and_save(
-    problem: Problem, epochs: int, weights: Path, facts: Path, observer: Observer
-) -> None:
-    task, model = problem.task, problem.initial_model
-    observer.stage("FP32 model", epochs + 1)
+def _train(problem: Problem, epochs: int, observer: Observer) -> list[float]:
+    task = problem.task
     with seeded(problem.config.seed):
-        losses = problem.call(
+        losses: list[float] = problem.call(
             "FP32 training",
             lambda: train_(
-                model,
+                problem.initial_model,
                 task.train,
                 task.loss,
                 TrainingConfig(epochs, task.fp32_lr),
@@ -88,6 +110,13 @@ def _train_and_save(
                 lambda _, loss: observer.step(f"loss {loss:.4f}"),
             ),
         )
+    return losses
+
+
+def _evaluate(problem: Problem) -> tuple[Evaluation, Evaluation]:
+    """The FP32 model on the validation and on the test split."""
+    task, model = problem.task, problem.initial_model
+    with seeded(problem.config.seed):
         validation, test = problem.call(
             "evaluating the FP32 model",
             lambda: [
@@ -95,21 +124,52 @@ def _train_and_save(
                 for split in (task.validation, task.test)
             ],
         )
-    observer.step(f"validation {task.metric_name} {validation.metric:.4f}")
-    write_tensors(weights, model.state_dict(), {})
-    write_json(
-        facts,
-        {"train_losses": losses, "validation": asdict(validation), "test": asdict(test)},
+    return validation, test
+
+
+def content_key(problem: Problem, epochs: int) -> str:
+    """A hash of all that the trained weights depend on.
+
+    What the task is (`task_key`), the model's starting weights, and how it is trained.
+    """
+    config = problem.config
+    return _hash(
+        [
+            task_key(problem, choices=False),
+            sorted(problem.initial_model.state_dict().items()),
+            [epochs, problem.task.fp32_lr, config.seed, problem.device.type, torch.__version__],
+        ]
     )
 
 
-def _content_key(problem: Problem, epochs: int) -> str:
-    """A hash of all that the trained weights depend on.
+def task_key(problem: Problem, *, choices: bool = True) -> str:
+    """A hash of the task: its data (`data_key` and first batches), loss and model, as source code
+    where there is any, and, if asked for, the choices of bits."""
+    task, model = problem.task, problem.initial_model
+    kinds = sorted({type(m) for m in model.modules()}, key=lambda kind: kind.__qualname__)
+    own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
+    with seeded(problem.config.seed):
+        validation = take_samples(task.validation, 256)
+    return _hash(
+        [
+            task.data_key,
+            repr(model),
+            [_source(thing) for thing in (task.loss, *own)],
+            problem.calibration,
+            validation,
+            repr(problem.space) if choices else "",
+        ]
+    )
 
-    The data's `data_key`, its first batches (in the order of the seed), the model's structure and
-    starting weights, and how it is trained.
-    """
-    config, task = problem.config, problem.task
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # built in, or defined at a prompt
+        return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+def _hash(value: Any) -> str:
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -123,12 +183,7 @@ def _content_key(problem: Problem, epochs: int) -> str:
         else:
             digest.update(f"{value!r}\n".encode())
 
-    add([task.data_key, epochs, task.fp32_lr, config.seed, repr(problem.initial_model)])
-    add([torch.__version__, problem.device.type, getattr(task.loss, "__qualname__", "")])
-    add(sorted(problem.initial_model.state_dict().items()))
-    add(problem.calibration)
-    with seeded(config.seed):
-        add([take_samples(split, 1024) for split in (task.validation, task.test)])
+    add(value)
     return digest.hexdigest()[:16]
 
 

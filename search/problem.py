@@ -1,6 +1,6 @@
 """What is searched, worked out before anything is trained: layers, choices, costs, limits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from adq.search.config import StudyConfig
 from adq.search.space import FP32, Space, make_space
 from adq.search.task import Task, task_call
 
-CALIBRATION_SAMPLES = 1024
+CALIBRATION_SAMPLES = 512
 SMALL_BATCH_MACS = 10**9
 
 
@@ -77,6 +77,13 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     device = pick_device(config.device)
     limits = config.budget.limits() if budgeted else {}
 
+    for split in (task.train, task.validation, task.test):
+        if isinstance(split, Iterator):
+            raise InputError(
+                f"task {config.task!r}: expected batches that can be iterated again and again "
+                f"(a list, a DataLoader), got a {type(split).__name__} that is used up by one pass"
+            )
+
     def build() -> tuple[nn.Module, list[Batch]]:
         with seeded(config.seed):
             model = task.model()
@@ -85,7 +92,7 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
                     f"task {config.task!r}: model() must give a torch.nn.Module, gave "
                     f"{type(model).__name__}"
                 )
-            return model.to(device), take_samples(task.train, CALIBRATION_SAMPLES)
+            return model.to(device), _whole(take_samples(task.train, CALIBRATION_SAMPLES))
 
     model, calibration = task_call(config.task, "building the model and first batches", build)
     if not calibration:
@@ -109,6 +116,14 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     return Problem(
         config, task, device, model, layers, space, costs, limits, objectives, calibration
     )
+
+
+def _whole(batches: list[Batch]) -> list[Batch]:
+    """The batches without a short last one, which would count as much as a full one in an average
+    over batches."""
+    if len(batches) > 1 and batch_size(batches[-1]) < batch_size(batches[0]):
+        return batches[:-1]
+    return batches
 
 
 def pick_device(name: str) -> torch.device:

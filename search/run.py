@@ -16,7 +16,8 @@ import optuna
 from adq.proxies.base import Sensitivity
 from adq.quant.batches import threads
 from adq.quant.errors import InputError
-from adq.quant.files import atomic_path, read_json, write_json
+from adq.quant.export.packed import read_metadata
+from adq.quant.files import atomic_path, read_json, write_json, write_text
 from adq.quant.spec import BitVector
 from adq.search.candidate import Record, train_candidate
 from adq.search.config import StudyConfig
@@ -53,23 +54,32 @@ def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front
 
 
 def resume(
-    folder: StudyFolder, task: Task, observer: Observer = SILENT, problem: Problem | None = None
+    folder: StudyFolder,
+    task: Task,
+    observer: Observer = SILENT,
+    problem: Problem | None = None,
+    trials: int | None = None,
 ) -> Front:
     """Bring a study to its end from wherever it stands; on a finished one, its front.
+
+    `trials` raises the number of candidates. Earlier results stay until new ones are written.
 
     Raises InputError when the study is damaged, is being run by another process, or when the
     user's task fails.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with folder.locked():
+        config = folder.extended(trials)
         if problem is None:
-            problem = make_problem(folder.config, task)
+            problem = make_problem(config, task)
         with threads(problem.threads):
             return _run(problem, folder, observer)
 
 
 def _run(problem: Problem, folder: StudyFolder, observer: Observer) -> Front:
     fp32 = fp32_model(problem, folder, observer)
+    if problem.config.trials != folder.config.trials:  # everything that can be checked is
+        write_text(folder.file("study.toml"), problem.config.to_toml())
     found = sensitivities(problem, fp32.model, folder, observer)
     ranges = problem.call("measuring input ranges", lambda: problem.input_ranges(fp32.model))
     train = partial(train_candidate, problem, fp32.model, ranges=ranges)
@@ -117,6 +127,8 @@ def _search(
 
     if not run_trials(folder, problem, sampler, evaluate, heard):
         observer.message("no new bit vector is left under the budget: the search ends early")
+    if not records:
+        raise InputError(f"no trial record in {folder.file(TRIALS)}: restore them")
     if all(record.validation is None for record in records):
         raise InputError(f"every candidate failed; the last one: {records[-1].error}")
     return records
@@ -146,7 +158,7 @@ def _final(
     observer.stage("final training", len(chosen) + len(uniform))
     done: list[Record] = []
     for id, bits in (chosen | uniform).items():
-        record = folder.read_record(FINAL, id)
+        record = _intact(folder, folder.read_record(FINAL, id))
         twin = next((r for r in done if r.bits == bits), None)
         if twin is not None:  # a uniform vector that is on the front is trained once
             record = replace(twin, id=id)
@@ -169,6 +181,17 @@ def _final(
     if not finals:
         raise InputError(f"every final training failed; the last one: {done[-1].error}")
     return finals, [r for r in done if r.id in uniform and r.error is None]
+
+
+def _intact(folder: StudyFolder, record: Record | None) -> Record | None:
+    """The record, or None where its packed weights are missing or damaged: they are made again."""
+    if record is None or record.weights is None:
+        return record
+    try:
+        read_metadata(folder.path / record.weights)
+    except InputError:
+        return None
+    return record
 
 
 def _uniform_around(problem: Problem) -> dict[str, BitVector]:
@@ -215,12 +238,21 @@ def _results(
             "schema": RESULTS_SCHEMA,
             "best": best.id,
             "objectives": list(problem.objectives),
+            "trials": problem.config.trials,
             "fp32": {"validation": asdict(fp32.validation), "test": asdict(fp32.test)},
             "uniform": [asdict(point) for point in front.uniform],
         },
     )
     observer.step("written")
     return front
+
+
+def _read_point(data: dict[str, Any]) -> Point:
+    point = Point(**data)
+    numbers = (point.metric, point.metric_stderr, point.average_bits, point.size_bytes, point.bops)
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError(f"point {point.id} has a text where a number belongs")
+    return point
 
 
 def load_front(folder: StudyFolder) -> Front:
@@ -232,7 +264,7 @@ def load_front(folder: StudyFolder) -> Front:
         )
     front, results = read_json(folder.file("front.json")), read_json(folder.file("results.json"))
     try:
-        points = tuple(Point(**point) for point in front["points"])
+        points = tuple(_read_point(point) for point in front["points"])
         fields: dict[str, Any] = {
             name: front[name] for name in ("study", "task", "metric_name", "fp32_metric")
         }
@@ -240,7 +272,7 @@ def load_front(folder: StudyFolder) -> Front:
             **fields,
             points=points,
             best=next(p for p in points if p.id == results["best"]),
-            uniform=tuple(Point(**point) for point in results["uniform"]),
+            uniform=tuple(_read_point(point) for point in results["uniform"]),
             folder=str(folder.path),
         )
     except (KeyError, TypeError, StopIteration) as error:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adq.proxies.base import Sensitivity
 from adq.proxies.gradient import gradient_sensitivity
@@ -44,12 +45,27 @@ def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sens
     observer.stage("sensitivity", 2)
     samples, probes, micro_batch = trace_effort(sum(layer.macs for layer in problem.layers))
     trace_data = list(micro_batches(take_samples(problem.calibration, samples), micro_batch))
-    trace = trace_sensitivity(model, problem.layers, bits, trace_data, loss, probes, config.seed)
-    observer.step(f"Hessian trace, {trace.seconds:.1f} s")
+    found = []
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+            found.append(
+                trace_sensitivity(
+                    model, problem.layers, bits, trace_data, loss, probes, config.seed
+                )
+            )
+        observer.step(f"Hessian trace, {found[0].seconds:.1f} s")
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        observer.step("no Hessian trace")
+        observer.message(
+            "this model has no second derivative in PyTorch "
+            f"({' '.join(str(error).split())[:80]}): seeds come from the gradient score alone"
+        )
     gradient_data = take_samples(problem.calibration, GRADIENT_SAMPLES)
     gradient = gradient_sensitivity(model, problem.layers, bits, act_bits, gradient_data, loss)
     observer.step(f"gradients, {gradient.seconds:.1f} s")
-    return [trace, gradient]
+    return [*found, gradient]
 
 
 def sensitivities(
@@ -69,7 +85,10 @@ def load_sensitivities(folder: StudyFolder) -> list[Sensitivity]:
     path = folder.file("sensitivity.json")
     data = read_json(path)
     try:
-        return [Sensitivity.from_json(entry) for entry in data["proxies"]]
+        found = [Sensitivity.from_json(entry) for entry in data["proxies"]]
+        if not found:
+            raise ValueError("it holds no proxy")
+        return found
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 

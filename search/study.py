@@ -49,9 +49,16 @@ def create_storage_study(folder: StudyFolder, problem: Problem, name: str) -> No
                 + [StudyDirection.MINIMIZE] * len(problem.objectives),
             )
         except optuna.exceptions.DuplicatedStudyError:
-            raise InputError(
-                f"storage {url} has a study {name!r} already: choose another name with --study"
-            ) from None
+            study = optuna.load_study(study_name=name, storage=storage)
+            if study.trials:
+                raise InputError(
+                    f"storage {url} has a study {name!r} already: choose another name with --study"
+                ) from None
+            # a process died between creating it and creating its folder: nothing is in it
+            optuna.delete_study(study_name=name, storage=storage)
+            storage.engine.dispose()
+            create_storage_study(folder, problem, name)
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names([problem.task.metric_name, *problem.objectives])
@@ -112,6 +119,10 @@ def run_trials(
             trials = study.get_trials(deepcopy=False)
             finished = [t for t in trials if t.state in FINISHED]
             running = [t for t in trials if t.state == TrialState.RUNNING]
+            for told in finished:
+                path = folder.record_path(TRIALS, f"{told.number:04d}")
+                if told.state == TrialState.COMPLETE and not path.exists():
+                    raise InputError(f"{path} is missing: restore it, or start a new study")
             if running:
                 trial = optuna.trial.Trial(study, running[0]._trial_id)
             elif EXHAUSTED in study.user_attrs:

@@ -87,15 +87,23 @@ def _user_task(module_name: str, function_name: str, spec: str, model: str | Non
         sys.path.append(here)  # behind the installed packages
     try:
         module = importlib.import_module(module_name)
-        function = getattr(module, function_name)
+        function = getattr(module, function_name, None)
+        if function is None:
+            raise InputError(
+                f"task {spec!r}: module {module_name!r} ({module.__file__}) has no "
+                f"{function_name!r}; a module of that name in the current folder stands behind "
+                "installed ones"
+            )
         task = function() if model is None else function(model)
+    except InputError:
+        raise
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module wants
             raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
         raise InputError(
             f"task {spec!r}: no module {module_name!r} among the installed packages or in {here}"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
     if not isinstance(task, Task):
         raise InputError(
@@ -117,5 +125,5 @@ def task_call(task_spec: str, what: str, function: Callable[[], Any]) -> Any:
         return function()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"task {task_spec!r}, {what}: {_one_line(error)}") from error

@@ -165,6 +165,43 @@ def test_pareto_writes_what_the_study_holds(with_study: Terminal, format: str) -
         assert target.read_bytes()[:8] == kept.read_bytes()[:8]
 
 
+def test_pareto_of_a_study_given_by_its_path_writes_the_file(with_study: Terminal) -> None:
+    path, target = with_study.folder / "runs/done", with_study.folder / "f.csv"
+    done = with_study("pareto", str(path), "--format", "csv", "--out", str(target))
+    assert (done.code, done.out) == (0, "")
+    assert target.read_bytes() == (path / "front.csv").read_bytes()
+
+
+def test_what_a_task_prints_is_no_result(terminal: Terminal) -> None:
+    shutil.copy(TESTS / "tiny_task.py", terminal.folder)
+    loud = "import tiny_task\n\ndef make_task():\n    print('hello')\n    return tiny_task.make_task()\n"
+    (terminal.folder / "loud.py").write_text(loud)
+    options = ["--task", "loud:make_task", "--bits", "2,4", "--trials", "1", "--device", "cpu"]
+    quick = ["--epochs", "0", "--final-epochs", "0", "--fp32-epochs", "0", "--json"]
+    done = terminal("--budget-bits", "3.5", *options, *quick)
+    assert json.loads(done.out)["study"] == "loud-1"
+    assert "hello" in done.err
+
+
+def test_a_refused_extension_leaves_the_finished_study_as_it_was(with_study: Terminal) -> None:
+    before = fingerprint(with_study.folder / "runs/done")
+    with_study.monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(TESTS)])
+    with_study.monkeypatch.delitem(sys.modules, "tiny_task")
+    with_study.refused("resume", "done", "--trials", "9")  # its task is not in this folder
+    assert fingerprint(with_study.folder / "runs/done") == before
+    assert json.loads(with_study("list", "--json").out)[0]["status"] == "finished"
+
+
+def test_a_name_taken_in_the_folder_leaves_nothing_in_a_shared_storage(
+    with_study: Terminal,
+) -> None:
+    shutil.copy(TESTS / "tiny_task.py", with_study.folder)
+    storage = f"sqlite:///{with_study.folder}/shared.db"
+    options = [*QUICK, "--budget-bits", "3.5", "--study", "done", "--storage", storage]
+    assert "exists already" in with_study.refused(*options)
+    assert with_study(*options, "--out", "elsewhere").code == 0
+
+
 def test_resuming_a_finished_study_trains_nothing_again(with_study: Terminal) -> None:
     records = with_study.folder / "runs/done"
     before = {p: p.stat().st_mtime_ns for p in records.rglob("*/*.json")}
@@ -226,6 +263,8 @@ BAD_INPUT = {
         r"FP32 training: KeyError: 'gone' \(.*bad.py:\d+\)",
     ),
     "NaN loss": (["--task", "bad:nan_loss", "--budget-bits", "3"], "loss became nan in epoch 1"),
+    "NaN metric": (["--task", "bad:nan_metric", "--budget-bits", "3"], "the metric is nan"),
+    "task exits": (["--task", "bad:leaves", "--budget-bits", "3"], "failed: SystemExit: 0"),
     "model raises": (["--task", "bad:no_model", "--budget-bits", "3"], "ZeroDivisionError"),
     "budget too small": (
         ["--task", "bad:good", "--budget-bits", "1.5"],
@@ -298,6 +337,12 @@ def nan_loss():
 
 def no_model():
     return replace(good(), model=lambda: 1 // 0)
+
+def nan_metric():
+    return replace(good(), metric=lambda o, t: o[:, 0] * torch.nan)
+
+def leaves():
+    raise SystemExit(0)
 """
 
 

@@ -176,8 +176,10 @@ def test_the_status_says_how_far_it_is(tmp_path: Path) -> None:
     assert folder.status() == "searching, 2 of 5 trials"
     folder.write_record(FINAL, record("t0000"))
     assert folder.status() == "final training"
-    folder.file("results.json").write_text("{}")
+    folder.file("results.json").write_text('{"trials": 5}')
     assert folder.status() == "finished"
+    folder.file("results.json").write_text('{"trials": 4}')  # of before the study was extended
+    assert folder.status() == "final training"
 
 
 def test_studies_are_opened_by_name_or_by_path(
@@ -274,18 +276,13 @@ def test_a_study_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
         folder.locked().__enter__()
 
 
-def test_more_trials_make_a_finished_study_unfinished(tmp_path: Path) -> None:
+def test_the_number_of_trials_can_be_raised_and_not_lowered(tmp_path: Path) -> None:
     folder = create_study(config(tmp_path, study="s", trials=5, bits=(2, 4)), nothing)
-    folder.file("results.json").write_text("{}")
-    folder.extend(5)
-    assert folder.status() == "finished"
-    folder.extend(8)
-    assert folder.status() == "preparing"
-    assert folder.config == config(tmp_path, study="s", trials=8, bits=(2, 4))
-    with pytest.raises(InputError, match="trials: study 's' has 8; expected at least as many"):
-        folder.extend(7)
-    with folder.locked(), pytest.raises(InputError, match="is being run by another process"):
-        folder.extend(9)
+    assert folder.extended(None) == folder.extended(5) == folder.config
+    assert folder.extended(8) == config(tmp_path, study="s", trials=8, bits=(2, 4))
+    assert folder.config.trials == 5  # it only says what would be
+    with pytest.raises(InputError, match="trials: study 's' has 5; expected at least as many"):
+        folder.extended(4)
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "per%20cent", "a#b", "what?x=1", "é:@"])

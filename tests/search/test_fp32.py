@@ -117,7 +117,7 @@ def test_a_study_reads_its_own_model_and_a_second_one_the_cache(
         assert same_weights(found.model, first.model)
         assert found.validation == first.validation
         assert found.train_losses == first.train_losses
-    monkeypatch.setattr(fp32, "_content_key", lambda *args: pytest.fail("not needed any more"))
+    monkeypatch.setattr(fp32, "content_key", lambda *args: pytest.fail("not needed any more"))
     run(problem_of(), folder_in(tmp_path, "a"))
 
 
@@ -146,12 +146,11 @@ CHANGES: dict[str, Callable[[Task], tuple[Task, dict[str, Any]]]] = {
     "loss": lambda task: (replace(task, loss=other_loss), {}),
     "training data": lambda task: (replace(task, train=moved(task.train, 0.5)), {}),
     "validation data": lambda task: (replace(task, validation=moved(task.validation, 0.5)), {}),
-    "test data": lambda task: (replace(task, test=moved(task.test, 0.5)), {}),
 }
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_whatever_the_weights_or_facts_depend_on_trains_anew(
+def test_whatever_the_weights_depend_on_trains_anew(
     tmp_path: Path, trainings: list[int], change: str
 ) -> None:
     run(problem_of(), folder_in(tmp_path, "a"))
@@ -174,12 +173,22 @@ def test_an_interrupted_training_leaves_neither_model_nor_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fp32, "evaluate", die)
+        patch.setattr(fp32, "train_", die)
         with pytest.raises(KeyboardInterrupt):
             run(problem_of(), folder_in(tmp_path))
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     run(problem_of(), folder_in(tmp_path))
-    assert len(trainings) == 2
+    assert len(trainings) == 1
+
+
+def test_the_source_of_the_loss_and_of_the_models_own_modules_counts(tmp_path: Path) -> None:
+    task = tiny_task.make_task()
+    same = problem_of(replace(task, loss=lambda o, t: nn.functional.cross_entropy(o, t)))
+    other = problem_of(replace(task, loss=lambda o, t: nn.functional.cross_entropy(o, t) / 2))
+    assert fp32.task_key(same) != fp32.task_key(other)
+    assert fp32.task_key(problem_of(task)) == fp32.task_key(problem_of(tiny_task.make_task()))
+    wide = problem_of(task, budget_bits=3.0)
+    assert fp32.task_key(wide) != fp32.task_key(problem_of(task, bits=(2, 3), budget_bits=3.0))
 
 
 class Tied(tiny_task.TinyNet):

@@ -14,7 +14,7 @@ from torch import nn
 from adq.quant.errors import InputError
 from adq.search.budget import OPTION_OF
 from adq.search.config import StudyConfig
-from adq.search.problem import CALIBRATION_SAMPLES, Problem, make_problem, pick_device
+from adq.search.problem import Problem, make_problem, pick_device
 from adq.search.task import Task
 
 NAMES = ["conv1", "conv2", "conv3", "hidden", "out"]
@@ -138,10 +138,16 @@ def test_building_a_problem_leaves_the_callers_random_state_and_the_model_alone(
 
 def test_calibration_takes_the_leading_samples_and_no_more() -> None:
     problem = problem_of()
-    assert sum(len(y) for _, y in problem.calibration) == 600  # all there are
+    # 8 batches of 60 fit into 512; the rest of the ninth would weigh as much as a whole one
+    assert [len(y) for _, y in problem.calibration] == [60] * 8
     batch = (torch.zeros(400, 1, 8, 8), torch.zeros(400, dtype=torch.long))
     many = problem_of(replace(tiny_task.make_task(), train=[batch] * 4))
-    assert [len(y) for _, y in many.calibration] == [400, 400, CALIBRATION_SAMPLES - 800]
+    assert [len(y) for _, y in many.calibration] == [400]
+    once = problem_of(replace(tiny_task.make_task(), train=[(batch[0][:7], batch[1][:7])]))
+    assert [len(y) for _, y in once.calibration] == [7]
+    used_up = replace(tiny_task.make_task(), train=iter([batch]))
+    with pytest.raises(InputError, match="iterated again and again"):
+        problem_of(used_up)
 
 
 def test_a_single_choice_is_refused() -> None:

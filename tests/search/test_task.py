@@ -71,7 +71,9 @@ def test_an_installed_package_goes_before_the_current_folder(
 ) -> None:
     monkeypatch.delitem(sys.modules, "tomli_w", raising=False)
     (here / "tomli_w.py").write_text(FOUND)
-    assert "has no attribute 'make_task'" in refused("tomli_w:make_task")
+    text = refused("tomli_w:make_task")
+    assert "has no 'make_task'" in text
+    assert "stands behind installed ones" in text
     assert not (sys.modules["tomli_w"].__file__ or "").startswith(str(here))
 
 
@@ -93,8 +95,13 @@ def test_a_module_that_misses_another_one_says_which(here: Path) -> None:
 def test_a_missing_function_is_named(here: Path) -> None:
     (here / "found_here.py").write_text(FOUND)
     text = refused("found_here:make_it")
-    assert text.startswith("task 'found_here:make_it' failed: AttributeError: ")
-    assert "has no attribute 'make_it'" in text
+    assert text.startswith("task 'found_here:make_it': module 'found_here' (")
+    assert "has no 'make_it'" in text
+
+
+def test_a_task_that_exits_is_an_error_and_no_exit(here: Path) -> None:
+    (here / "leaves.py").write_text("import sys\n\ndef make_task():\n    sys.exit(0)\n")
+    assert "failed: SystemExit: 0" in refused("leaves:make_task")
 
 
 def test_an_error_in_the_users_function_says_what_and_where(here: Path) -> None:
