@@ -119,9 +119,9 @@ def run_trials(
             trials = study.get_trials(deepcopy=False)
             finished = [t for t in trials if t.state in FINISHED]
             running = [t for t in trials if t.state == TrialState.RUNNING]
-            for told in finished:
-                path = folder.record_path(TRIALS, f"{told.number:04d}")
-                if told.state == TrialState.COMPLETE and not path.exists():
+            for done in finished:
+                path = folder.record_path(TRIALS, f"{done.number:04d}")
+                if done.state == TrialState.COMPLETE and not path.exists():
                     raise InputError(f"{path} is missing: restore it, or start a new study")
             if running:
                 trial = optuna.trial.Trial(study, running[0]._trial_id)

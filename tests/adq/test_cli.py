@@ -174,7 +174,8 @@ def test_pareto_of_a_study_given_by_its_path_writes_the_file(with_study: Termina
 
 def test_what_a_task_prints_is_no_result(terminal: Terminal) -> None:
     shutil.copy(TESTS / "tiny_task.py", terminal.folder)
-    loud = "import tiny_task\n\ndef make_task():\n    print('hello')\n    return tiny_task.make_task()\n"
+    lines = ["import tiny_task", "def make_task():", "    print('hello')"]
+    loud = "\n".join([*lines, "    return tiny_task.make_task()"])
     (terminal.folder / "loud.py").write_text(loud)
     options = ["--task", "loud:make_task", "--bits", "2,4", "--trials", "1", "--device", "cpu"]
     quick = ["--epochs", "0", "--final-epochs", "0", "--fp32-epochs", "0", "--json"]
