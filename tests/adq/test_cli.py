@@ -14,7 +14,7 @@ import pytest
 
 from adq.cli import main
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "support"
 QUICK = [
     "--task", "tiny_task:make_task", "--bits", "2,4", "--trials", "3", "--epochs", "1",
     "--final-epochs", "1", "--device", "cpu",

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "support"
 COMMAND = Path(sys.executable).with_name("adq-search")
 OPTIONS = [
-    "--task", "tiny_task:make_task", "--budget-bits", "3.5", "--bits", "2,3,4", "--trials", "16",
+    "--task", "tiny_task:make_task", "--budget-bits", "3.5", "--bits", "2,3,4", "--trials", "12",
     "--epochs", "2", "--final-epochs", "3", "--device", "cpu", "--study", "s",
 ]  # fmt: skip
 PATIENCE_S = 120
@@ -91,7 +91,7 @@ MOMENTS: list[Callable[[Path], bool]] = [
     count("sensitivity.json", 1),
     trial(0),
     trial(5),
-    trial(13),
+    trial(9),
     count("final/t*.json", 1),
     count("front.json", 1),
 ]
@@ -138,4 +138,4 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_process_is_kept_out(folder: Path)
         assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
-    assert len(list((folder / "runs/s/trials").glob("*.json"))) == 16
+    assert len(list((folder / "runs/s/trials").glob("*.json"))) == 12
