@@ -100,6 +100,10 @@ class BudgetSampler(BaseSampler):
                     lost = self._scores[i][lower] - self._scores[i][point[i]]
                     if saved > 0:
                         steps.append((lost / saved, i, lower))
+            if not steps:  # an FP32 input takes no bytes: with fewer bits a layer may grow
+                found = self._any_fresh(set(), np.random.default_rng(self.seed))
+                assert found is not None, "the smallest point was checked to fit"
+                return found
             _, i, lower = min(steps)
             point[i] = lower
         return point

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import optuna
 import pytest
+import tiny_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -18,9 +19,11 @@ from toy_space import (
     toy_space,
 )
 
+from adq.search.config import StudyConfig
+from adq.search.problem import make_problem
 from adq.search.sampler import BudgetSampler
 from adq.search.seeds import Point, make_seeds, option_scores
-from adq.search.space import act_order
+from adq.search.space import act_order, option_terms
 
 SIZES = [(4, 3, 1), (5, 4, 6), (6, 5, 2), (3, 7, 1)]
 
@@ -265,3 +268,19 @@ def test_a_parameter_of_another_space_is_refused() -> None:
     study = optuna.create_study(sampler=case.sampler())
     with pytest.raises(AssertionError, match="extra is not a parameter of this space"):
         study.ask().suggest_float("extra", 0, 1)
+
+
+def test_a_size_limit_is_met_where_an_fp32_input_takes_fewer_bytes_than_a_quantized_one() -> None:
+    # repairing (2, 8) finds no lower bits to go to: only the FP32 input is smaller
+    task = tiny_task.make_task()
+    config = StudyConfig(task="t", budget_bits=4.0, bits=(2, 4), act_bits=(0, 8))
+    problem = make_problem(config, task)
+    least = sum(
+        min(terms["size_bytes"] for terms in layer)
+        for layer in option_terms(problem.space, problem.costs)
+    )
+    limits = {"size_bytes": least}
+    scores = [np.zeros(len(layer.options)) for layer in problem.space.layers]
+    sampler = BudgetSampler(problem.space, problem.costs, limits, scores, [], 0)
+    found = sampler.repair(problem.space.smallest())
+    assert problem.costs.totals(problem.space.bit_vector(found))["size_bytes"] == least
