@@ -63,7 +63,9 @@ def check_reachable(
     """Raise InputError for a limit that nothing meets, or that everything meets.
 
     `smallest` and `largest` are the costs of the least and the most bits everywhere. Costs grow
-    with bits, so when each limit alone is met by the smallest vector, that vector meets all.
+    with bits, so when each limit alone is met by the smallest vector, that vector meets all. (One
+    exception: an FP32 input takes no bytes for thresholds. Where it is a choice, the range of sizes
+    is taken without it, and is a little narrower than what can be reached.)
     """
     for name, limit in limits.items():
         option, unit = OPTION_OF[name]

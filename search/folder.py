@@ -90,7 +90,10 @@ class StudyFolder:
     def finished(self) -> bool:
         """Whether results.json holds what this many trials led to."""
         path = self.file("results.json")
-        return path.exists() and read_json(path).get("trials") == self.config.trials
+        if not path.exists():
+            return False
+        results = read_json(path)
+        return isinstance(results, dict) and results.get("trials") == self.config.trials
 
     def status(self) -> str:
         """How far the study is, in words."""

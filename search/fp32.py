@@ -214,10 +214,10 @@ def _readable(weights: Path, facts: Path) -> bool:
     """Whether the cache holds this model, whole; a damaged one is made again."""
     try:
         load_file(weights)
-        read_json(facts)
+        facts_read = read_json(facts)
     except (OSError, SafetensorError, InputError):
         return False
-    return True
+    return isinstance(facts_read, dict) and "train_losses" in facts_read
 
 
 def _copy(source: Path, target: Path) -> None:

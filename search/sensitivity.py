@@ -36,7 +36,10 @@ def trace_effort(macs: int) -> tuple[int, int, int]:
 
 
 def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sensitivity]:
-    """Both proxies on the FP32 model, on the leading training samples of the study's seed."""
+    """Both proxies on the FP32 model, on the leading training samples of the study's seed.
+
+    The gradient score alone, with a message, for a model that PyTorch cannot differentiate twice.
+    """
     config, loss = problem.config, problem.task.loss
     bits = sorted({b for layer in problem.space.layers for b in layer.weight})
     act_bits = sorted({b for layer in problem.space.layers for b in layer.act} - {FP32})
@@ -71,10 +74,17 @@ def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sens
 def sensitivities(
     problem: Problem, model: nn.Module, folder: StudyFolder, observer: Observer
 ) -> list[Sensitivity]:
-    """`measure`, once per study: later calls read sensitivity.json."""
+    """`measure`, once per study: later calls read sensitivity.json.
+
+    Raises InputError when that file is damaged, or is not about this model's layers.
+    """
     path = folder.file("sensitivity.json")
     if path.exists():
-        return load_sensitivities(folder)
+        kept = load_sensitivities(folder)
+        names = tuple(layer.name for layer in problem.layers)
+        if any(s.weight.layers != names for s in kept):
+            raise InputError(f"{path} is damaged: its layers are not those of the model")
+        return kept
     found = problem.call("measuring sensitivities", lambda: measure(problem, model, observer))
     write_text(folder.file("sensitivity.csv"), to_csv(found))
     write_json(path, {"schema": SCHEMA, "proxies": [s.to_json() for s in found]})

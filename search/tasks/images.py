@@ -3,7 +3,9 @@
 `imagefolder:PATH` wants `PATH/train/CLASS/*.jpg` and one or both of `PATH/val` and `PATH/test`
 with the same classes; where only one of them is there it is the test split, and a tenth of
 `train` is set aside for validation. `cifar10:PATH` wants the folder that holds
-`cifar-10-batches-py`. Inputs are scaled by ImageNet's mean and deviation, CIFAR-10's by its own.
+`cifar-10-batches-py`; its files are pickles, which torchvision reads only after their checksums
+have proved to be the published ones. Inputs are scaled by ImageNet's mean and deviation,
+CIFAR-10's by its own.
 """
 
 import hashlib

@@ -172,6 +172,27 @@ def test_pareto_of_a_study_given_by_its_path_writes_the_file(with_study: Termina
     assert target.read_bytes() == (path / "front.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", "[]"), ("results.json", "3"), ("front.json", '{"points": [{"id": "x"}]}')],
+)
+def test_json_of_another_shape_is_no_traceback(
+    with_study: Terminal, name: str, content: str
+) -> None:
+    (with_study.folder / "runs/done" / name).write_text(content)
+    assert with_study("list").code == 0
+    assert "done" in with_study.refused("pareto", "done")
+
+
+def test_a_text_for_a_number_in_front_json_is_damage(with_study: Terminal) -> None:
+    path = with_study.folder / "runs/done/front.json"
+    front = json.loads(path.read_text())
+    front["points"][0]["metric"] = "abc"
+    path.write_text(json.dumps(front))
+    for arguments in (["show", "done"], ["pareto", "done", "--format", "html"]):
+        assert "is damaged" in with_study.refused(*arguments)
+
+
 def test_what_a_task_prints_is_no_result(terminal: Terminal) -> None:
     shutil.copy(TESTS / "tiny_task.py", terminal.folder)
     lines = ["import tiny_task", "def make_task():", "    print('hello')"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_task
 import torch
+from torch import nn
 
 from adq.quant.batches import take_samples
 from adq.quant.errors import InputError
@@ -167,3 +168,77 @@ def test_an_error_of_the_users_loss_is_one_line_and_leaves_no_file(tmp_path: Pat
     with pytest.raises(InputError, match=r"task 't', measuring sensitivities: Run.*cannot do that"):
         sensitivities(problem, problem.initial_model, StudyFolder(tmp_path), Observer())
     assert list(tmp_path.iterdir()) == []
+
+
+class Attention(nn.Module):
+    """Linear layers around PyTorch's fused attention, which has no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x[:, 0]
+        q, k, v = (f(rows)[:, None] for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.flatten(1))  # type: ignore[no-any-return]
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def problem_of_model(model: nn.Module) -> Problem:
+    task = replace(tiny_task.make_task(), model=lambda: model)
+    config = StudyConfig(task="t", budget_bits=3.0, bits=(2, 4), first_last_bits=0, act_bits=(4, 8))
+    return make_problem(config, task)
+
+
+def test_fused_attention_gets_its_hessian_trace_all_the_same() -> None:
+    problem, told = problem_of_model(Attention()), Told()
+    trace, _ = measure(problem, problem.initial_model, told)
+    assert trace.proxy == "hessian-trace"
+    assert np.isfinite(trace.weight.score).all()
+    assert (trace.weight.score > 0).any()
+    assert told.messages == []
+
+
+def test_a_model_without_second_derivative_is_scored_by_gradients_and_says_so() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(64, 9), nn.Hardsigmoid(), nn.Linear(9, 9), nn.Linear(9, 10)]
+    problem, told = problem_of_model(nn.Sequential(*layers)), Told()
+    found = measure(problem, problem.initial_model, told)
+    assert [s.proxy for s in found] == ["fisher"]
+    assert found[0].act is not None
+    (message,) = told.messages
+    assert "no second derivative" in message
+    assert "gradient score alone" in message
+
+
+def test_another_runtime_error_is_not_taken_for_a_missing_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sensitivity, "trace_sensitivity", broken)
+    problem = problem_of()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure(problem, problem.initial_model, Observer())
+
+
+def test_a_table_of_other_layers_is_damage(tmp_path: Path) -> None:
+    problem, folder = problem_of(), StudyFolder(tmp_path)
+    sensitivities(problem, problem.initial_model, folder, Observer())
+    text = folder.file("sensitivity.json").read_text()
+    folder.file("sensitivity.json").write_text(text.replace('"conv2"', '"conv9"'))
+    with pytest.raises(InputError, match="its layers are not those of the model"):
+        sensitivities(problem, problem.initial_model, folder, Observer())
+    folder.file("sensitivity.json").write_text('{"proxies": []}')
+    with pytest.raises(InputError, match=r"sensitivity\.json is damaged: it holds no proxy"):
+        load_sensitivities(folder)
