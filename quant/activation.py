@@ -10,58 +10,15 @@ There the output interval is Δ = 2/n; here Δ is folded into the scales, so tha
 integer and a width of 1 means "as wide as the output step" at every bit-width.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
+
+from adq.quant.kernels import ops
+from adq.quant.kernels.reference import edges_of
 
 
 def thresholds(start: Tensor, widths: Tensor) -> Tensor:
     """T_1..T_n, shape (n,)."""
-    knots = start + torch.cat([widths.new_zeros(1), widths.cumsum(0)])
-    return (knots[1:] + knots[:-1]) / 2
-
-
-class _Code(torch.autograd.Function):
-    """x -> q, differentiated as the piecewise linear curve through the knots (b_i, i).
-
-    Inside segment i the curve is g(x) = i − 1 + (x − b_{i−1})/a_i, with b_{i−1} = s + Σ_{j<i} a_j:
-        ∂g/∂x = 1/a_i,   ∂g/∂s = −1/a_i,   ∂g/∂a_i = −(x − b_{i−1})/a_i²,   ∂g/∂a_j = −1/a_i (j < i)
-    and outside the knots every derivative is 0 (N2UQ eq. 9, the generalised straight-through
-    estimator).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, start: Tensor, widths: Tensor) -> Tensor:
-        x = x.contiguous()
-        knots = start + torch.cat([widths.new_zeros(1), widths.cumsum(0)])
-        # b_0, T_1, b_1, T_2, ..., b_n: one search finds both the code and the segment
-        middles = (knots[1:] + knots[:-1]) / 2
-        edges = torch.cat([torch.stack([knots[:-1], middles], dim=1).flatten(), knots[-1:]])
-        place = torch.bucketize(x, edges, right=True, out_int32=True)
-        ctx.save_for_backward(x, knots, widths, place)
-        return (place >> 1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad = grads[0].contiguous()
-        x, knots, widths, place = ctx.saved_tensors
-        n = widths.numel()
-        # 0 below the first knot, i inside segment i, n + 1 from the last knot on
-        segment = (place + 1) >> 1
-        zero = widths.new_zeros(1)
-        slopes = torch.cat([zero, 1 / widths, zero])
-        grad_x = grad * slopes[segment]
-
-        left = torch.cat([zero, knots])[segment]
-        flat = segment.flatten()
-        slope_sums = torch.bincount(flat, grad_x.flatten().double(), minlength=n + 2)[1:-1]
-        offsets = (grad_x * (x - left)).flatten().double()
-        offset_sums = torch.bincount(flat, offsets, minlength=n + 2)[1:-1]
-        after = slope_sums.flip(0).cumsum(0).flip(0) - slope_sums
-        grad_widths = (-offset_sums / widths - after).to(widths.dtype)
-        grad_start = -slope_sums.sum().to(widths.dtype).reshape(1)
-        return grad_x, grad_start, grad_widths
+    return edges_of(start, widths, widths.dtype)[1::2]
 
 
 def fake_quantize(
@@ -69,11 +26,16 @@ def fake_quantize(
 ) -> Tensor:
     """x̂ = σ·(q(x) − z); gradients to x, start, widths and the output scale.
 
+    q is differentiated as g, the piecewise linear curve through the knots (b_i, i): inside segment
+    i it is g(x) = i − 1 + (x − b_{i−1})/a_i, with b_{i−1} = s + Σ_{j<i} a_j, so that
+        ∂g/∂x = 1/a_i,   ∂g/∂s = −1/a_i,   ∂g/∂a_i = −(x − b_{i−1})/a_i²,   ∂g/∂a_j = −1/a_i (j < i)
+    and outside the knots every derivative is 0 (N2UQ eq. 9, the generalised straight-through
+    estimator).
+
     Shapes: x any, start (1,), widths (2^bits − 1,) all positive, output_scale (1,),
-    zero_point (1,), a whole number.
+    zero_point (1,), a whole number. x̂ has the shape, dtype and memory format of x.
     """
-    code: Tensor = _Code.apply(x, start, widths)
-    return output_scale * (code - zero_point)
+    return ops.fake_quantize(x, start, widths, output_scale, zero_point)
 
 
 def fit_range(values: Tensor, bits: int, candidates: int = 50) -> tuple[float, int]:
