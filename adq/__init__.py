@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adq import search
     from adq.loading import load
-    from adq.quant.apply import quantize, update_codebooks
+    from adq.quant.apply import quantize
     from adq.quant.errors import InputError
     from adq.quant.evaluate import accuracy
+    from adq.quant.flat import update_codebooks
     from adq.quant.spec import BitVector
     from adq.search.api import resume
     from adq.search.budget import Budget
@@ -34,7 +35,7 @@ _HOME = {
     "load": "adq.loading",
     "quantize": "adq.quant.apply",
     "resume": "adq.search.api",
-    "update_codebooks": "adq.quant.apply",
+    "update_codebooks": "adq.quant.flat",
 }
 
 __all__ = [

@@ -32,7 +32,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_TYPES = {"text": str, "whole": int, "number": float, "weight-bits": str, "act-bits": str}
+_TYPES = {
+    "text": str,
+    "whole": int,
+    "number": float,
+    "share": float,
+    "weight-bits": str,
+    "act-bits": str,
+}
 
 Name = Annotated[str, typer.Argument(help="the study's name, or the path of its folder")]
 Out = Annotated[str | None, typer.Option("--out", help="the folder that holds the studies")]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adq.quant import codebook
-from adq.quant.codebook import Initialisation
+from adq.quant.baselines import weight_quantizer_for
+from adq.quant.rows import Rows, rows_of
+from adq.quant.scheme import Scheme
 
 Array = npt.NDArray[np.float64]
 
@@ -93,14 +94,29 @@ class Sensitivity:
 
 
 def quantization_errors(
-    weight: Tensor, bits: Sequence[int], init: Initialisation = "quantile-lloyd"
+    weight: Tensor,
+    bits: Sequence[int],
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
+    rows: Rows | None = None,
 ) -> Tensor:
-    """δ_b = Q_b(w) − w for each bit-width, before any training; shape (len(bits), *w.shape)."""
+    """δ_b = Q_b(w) − w for each bit-width, before any training; shape (len(bits), *w.shape).
+
+    Rows are the weight's first dimension if not given.
+    """
     weight = weight.detach()
-    scale = codebook.channel_scale(weight)
-    x = weight / scale
-    errors = []
-    for b in bits:
-        levels = codebook.initial_levels(x, b, init)
-        errors.append(scale * levels[codebook.assign(x, levels)] - weight)
-    return torch.stack(errors)
+    rows = rows or Rows(tuple(weight.shape), weight[0].numel())
+    quantizers = (weight_quantizer_for(weight, rows, b, scheme) for b in bits)
+    with torch.no_grad():
+        return torch.stack([quantizer(weight) - weight for quantizer in quantizers])
+
+
+def layer_errors(
+    model: nn.Module, layers: Sequence[str], bits: Sequence[int], scheme: Scheme
+) -> list[Tensor]:
+    """`quantization_errors` of each named layer of an FP32 model."""
+    return [
+        quantization_errors(
+            layer.get_parameter("weight"), bits, scheme, rows_of(layer, scheme.group_size)
+        )
+        for layer in map(model.get_submodule, layers)
+    ]

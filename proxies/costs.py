@@ -42,11 +42,17 @@ class CostModel:
     """Costs of bit vectors over a traced model.
 
     `searched` names the layers whose bits are free; it matters for one of the averages only.
+    `group_size` weights share a scale, see `adq.quant.rows.rows_of`.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LayerInfo], searched: Sequence[str]
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerInfo],
+        searched: Sequence[str],
+        group_size: int | None = None,
     ) -> None:
+        self.group_size = group_size
         self.layers = {layer.name: layer for layer in layers}
         self.searched = frozenset(searched)
         self.fixed_bytes = rest_bytes(model, set(self.layers))
@@ -57,7 +63,7 @@ class CostModel:
         layer = self.layers[name]
         return {
             "average_bits": layer.weight_numel * weight,
-            "size_bytes": weight_bytes(layer.weight_numel, layer.out_channels, weight)
+            "size_bytes": weight_bytes(layer.weight_numel, layer.scales(self.group_size), weight)
             + input_bytes(act),
             "bops": layer.macs * weight * (FP32_BITS if act is None else act),
         }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adq.proxies.base import Sensitivity, Table, quantization_errors
+from adq.proxies.base import Sensitivity, Table, layer_errors
 from adq.quant.batches import (
     Batches,
     device_of,
@@ -29,6 +29,7 @@ from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
+from adq.quant.scheme import Scheme
 
 
 def gradient_sensitivity(
@@ -38,6 +39,7 @@ def gradient_sensitivity(
     act_bits: Sequence[int],
     batches: Batches,
     loss: Loss,
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
 ) -> Sensitivity:
     """Score weights at `bits` and inputs at `act_bits` from one backward pass per sample.
 
@@ -49,8 +51,10 @@ def gradient_sensitivity(
     started = time.monotonic()
     names = [layer.name for layer in layers]
     weights = [model.get_parameter(f"{name}.weight") for name in names]
-    squared_errors = [quantization_errors(w, bits).square().flatten(1) for w in weights]
-    ranges = input_ranges(model, dict.fromkeys(names, act_bits) if act_bits else {}, batches)
+    errors = layer_errors(model, names, bits, scheme)
+    squared_errors = [error.square().flatten(1) for error in errors]
+    wanted = dict.fromkeys(names, act_bits) if act_bits else {}
+    ranges = input_ranges(model, wanted, batches, scheme.act)
 
     inputs_of: dict[str, list[Tensor]] = {}
 

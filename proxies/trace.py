@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adq.proxies.base import Array, Sensitivity, Table, quantization_errors
+from adq.proxies.base import Array, Sensitivity, Table, layer_errors
 from adq.quant.batches import (
     Batches,
     batch_size,
@@ -26,6 +26,7 @@ from adq.quant.batches import (
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
+from adq.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def trace_sensitivity(
     loss: Loss,
     probes: int = 32,
     seed: int = 0,
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
 ) -> Sensitivity:
     """S[l, b] = ½ · tr(H_l)/n_l · ‖Q_b(w_l) − w_l‖², HAWQ-V2's Ω with the ½ of Taylor's series.
 
@@ -116,8 +118,8 @@ def trace_sensitivity(
     estimate = hutchinson_trace(model, weights, batches, loss, probes, seed)
     errors = np.array(
         [
-            quantization_errors(w, bits).double().square().flatten(1).sum(dim=1).tolist()
-            for w in weights
+            error.double().square().flatten(1).sum(dim=1).tolist()
+            for error in layer_errors(model, [layer.name for layer in layers], bits, scheme)
         ]
     )
     factor = errors / (2 * np.array([[layer.weight_numel] for layer in layers]))

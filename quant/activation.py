@@ -12,8 +12,8 @@ integer and a width of 1 means "as wide as the output step" at every bit-width.
 
 from torch import Tensor
 
-from adq.quant.kernels import ops
-from adq.quant.kernels.reference import edges_of
+from adq.quant.kernels import n2uq_ops as ops
+from adq.quant.kernels.n2uq_reference import edges_of
 
 
 def thresholds(start: Tensor, widths: Tensor) -> Tensor:
@@ -38,17 +38,27 @@ def fake_quantize(
     return ops.fake_quantize(x, start, widths, output_scale, zero_point)
 
 
+def full_range(values: Tensor, bits: int) -> tuple[float, int]:
+    """(step, zero_point) of the grid step·(q − z), q in 0..2^bits−1, over [min, max] and zero."""
+    n = 2**bits - 1
+    low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+    if low == high:  # all are zero
+        return 1.0, 0
+    step = (high - low) / n
+    return step, round(-low / step)
+
+
 def fit_range(values: Tensor, bits: int, candidates: int = 50) -> tuple[float, int]:
     """(step, zero_point) of the grid step·(q − z), q in 0..2^bits−1, of least squared error.
 
-    The range [min, max] of the values, widened to hold zero, is shrunk in `candidates` equal
-    steps; the best fraction wins. Values that are never negative get zero_point 0 (unsigned).
+    The range of `full_range` is shrunk in `candidates` equal steps; the best fraction wins. Values
+    that are never negative get zero_point 0 (unsigned).
     """
     n = 2**bits - 1
     values = values.detach().flatten().float()
     low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
     if low == high:
-        return 1.0, 0
+        return full_range(values, bits)
     best = (float("inf"), 1.0, 0)
     for i in range(candidates, 0, -1):
         step = (high - low) * i / candidates / n

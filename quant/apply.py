@@ -3,7 +3,8 @@
 Weights are quantized by `torch.nn.utils.parametrize`: the layer keeps its class, its name and its
 `weight` attribute, so that any code which reads `layer.weight` (a functional attention, a weight
 norm, a user's own forward) sees the quantized one, and the FP32 weight is one call away. Inputs
-are quantized by a forward pre-hook over a submodule, so that its state is in the state dict.
+are quantized by a forward pre-hook over a submodule, so that its state is in the state dict. A
+pass of the whole model quantizes all weights in one call (`flat`).
 """
 
 import copy
@@ -14,12 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from adq.quant.baselines import activation_quantizer_for, weight_quantizer_for
 from adq.quant.batches import Batches
 from adq.quant.calibrate import Ranges, input_ranges
-from adq.quant.codebook import Initialisation
 from adq.quant.errors import InputError
+from adq.quant.flat import attach_flat, detach_flat
 from adq.quant.layers import QUANTIZABLE
-from adq.quant.modules import ActivationQuantizer, WeightQuantizer
+from adq.quant.modules import weight_quantizer
+from adq.quant.rows import rows_of
+from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector
 
 INPUT_QUANTIZER = "input_quantizer"
@@ -29,14 +33,14 @@ def quantize(
     model: nn.Module,
     bits: BitVector | Mapping[str, int] | str | Path,
     batches: Batches | None = None,
-    *,
-    init: Initialisation = "quantile-lloyd",
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
 ) -> nn.Module:
     """A copy of `model` that computes with the given bits and can be trained further.
 
     `bits` is a bit vector, a mapping from layer name to weight bits, or the path of a bit-vector
     file. `batches` (inputs, targets) calibrate the input ranges and are needed when `bits` has
-    activation bits. Call `update_codebooks(model)` after each optimiser step while training.
+    activation bits. `scheme` says which quantizers. Call `update_codebooks(model)` before each
+    optimiser step while training; `qat.train_` does.
 
     Raises InputError for a layer that the model has not, or that cannot be quantized.
     """
@@ -50,38 +54,44 @@ def quantize(
         raise InputError("activation bits need batches to calibrate the input ranges: none given")
     # no `batches or ()`: the truth of a DataLoader is its length, which an iterable one has not
     data = () if batches is None else batches
-    ranges = input_ranges(model, {name: (b,) for name, b in bits.act.items()}, data)
-    return quantize_(copy.deepcopy(model), bits, ranges, init=init)
+    wanted = {name: (b,) for name, b in bits.act.items()}
+    ranges = input_ranges(model, wanted, data, scheme.act)
+    return quantize_(copy.deepcopy(model), bits, ranges, scheme)
 
 
 def quantize_(
     model: nn.Module,
     bits: BitVector,
     ranges: Ranges,
-    *,
-    init: Initialisation = "quantile-lloyd",
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
 ) -> nn.Module:
     """`quantize`, changing `model` itself, with input ranges measured before.
 
     `ranges` has those of every (layer, bits) in `bits.act`. A model that cannot be quantized is
     left as it was.
     """
+    if any(True for _ in quantized_layers(model)):
+        raise InputError("the model is quantized already: give the plain FP32 model")
     layers = {name: _layer(model, name) for name in bits.weight}
     starts = {name: ranges[name, b] for name, b in bits.act.items()}
     for name, layer in layers.items():
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        rows = rows_of(layer, scheme.group_size)
         parametrize.register_parametrization(
-            layer, "weight", WeightQuantizer(weight, bits.weight[name], init)
+            layer, "weight", weight_quantizer_for(weight, rows, bits.weight[name], scheme)
         )
         if name in starts:
-            quantizer = ActivationQuantizer(bits.act[name], *starts[name]).to(weight.device)
-            attach_input_quantizer(layer, quantizer)
+            quantizer = activation_quantizer_for(bits.act[name], *starts[name], scheme)
+            attach_input_quantizer(layer, quantizer.to(weight.device))
+    if layers:
+        attach_flat(model, layers)
     return model
 
 
 def dequantize_(model: nn.Module, *, keep_quantized_weights: bool = False) -> nn.Module:
     """Take every quantizer off; weights are the FP32 ones again, or stay at their levels."""
+    detach_flat(model)
     for _, layer in quantized_layers(model):
         _own_class(layer)
         parametrize.remove_parametrizations(
@@ -112,18 +122,6 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    quantizer = layer.parametrizations["weight"][0]  # type: ignore[index]
-    return quantizer if isinstance(quantizer, WeightQuantizer) else None
-
-
-def original_weight(layer: nn.Module) -> Tensor:
-    """The FP32 weight under the quantizer."""
-    return layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
-
-
 def bits_of(model: nn.Module) -> BitVector:
     """The bit vector that is on the model."""
     weight: dict[str, int] = {}
@@ -135,18 +133,6 @@ def bits_of(model: nn.Module) -> BitVector:
         if hasattr(layer, INPUT_QUANTIZER):
             act[name] = layer.input_quantizer.bits  # type: ignore[union-attr, assignment]
     return BitVector(weight, act)
-
-
-def update_codebooks(model: nn.Module, decay: float = 0.99) -> None:
-    """One moving-average step of every codebook towards its layer's present weights.
-
-    An explicit call, once after each optimiser step: how often a forward pass reads the weight
-    must not matter, and ranks with equal weights keep equal codebooks without communication.
-    """
-    for _, layer in quantized_layers(model):
-        quantizer = weight_quantizer(layer)
-        assert quantizer is not None
-        quantizer.update(original_weight(layer), decay)
 
 
 def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:

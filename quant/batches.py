@@ -97,6 +97,27 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def random_state() -> dict[str, Any]:
+    """The random states that `seeded` sets, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
 @contextmanager
 def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Let gradients reach `parameters`, frozen ones too, and restore who required them."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.quant.activation import fit_range
+from adq.quant.activation import fit_range, full_range
 from adq.quant.batches import Batches, device_of, evaluating, forward, to_device
 from adq.quant.errors import InputError
+from adq.quant.scheme import ActMethod
 
 SAMPLE_VALUES = 2**15  # input values kept per layer: enough for a range to 1 part in 100
 CALIBRATION_BATCHES = 8
@@ -59,9 +60,14 @@ Ranges = Mapping[tuple[str, int], tuple[float, int]]
 
 
 def input_ranges(
-    model: nn.Module, act_bits: Mapping[str, Sequence[int]], batches: Batches
+    model: nn.Module,
+    act_bits: Mapping[str, Sequence[int]],
+    batches: Batches,
+    method: ActMethod = "n2uq",
 ) -> Ranges:
-    """The best uniform grid for each named layer's input at each of its bit-widths.
+    """The uniform grid that each named layer's input starts from, at each of its bit-widths.
+
+    That of least squared error, but for `minmax` the one that spans all values.
 
     They follow from the FP32 model and the batches alone: a search measures them once for all its
     candidates.
@@ -69,8 +75,9 @@ def input_ranges(
     if not act_bits:
         return {}
     samples = input_samples(model, list(act_bits), batches)
+    fit = full_range if method == "minmax" else fit_range
     return {
-        (name, bits): fit_range(samples[name], bits)
+        (name, bits): fit(samples[name], bits)
         for name, widths in act_bits.items()
         for bits in widths
     }

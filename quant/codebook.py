@@ -1,4 +1,4 @@
-"""The adaptive codebook of ADQ's weights, as pure functions.
+"""The adaptive codebook of ADQ's weights, as pure functions of one layer.
 
 Notation, for one layer: weights `w` with one scale per output channel `s`, normalised weights
 `x = w / s`, bits `b`, `K = 2^b` sorted levels `c_0 <= ... <= c_{K-1}` shared by the whole layer,
@@ -10,17 +10,16 @@ arXiv 1711.00937, appendix A.1, for the average's form. The rest is this project
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Initialisation = Literal["quantile", "quantile-lloyd", "uniform"]
-INITIALISATIONS: tuple[Initialisation, ...] = get_args(Initialisation)
+from adq.quant.kernels.weights_ops import codebook_step, quantize_weights
+from adq.quant.kernels.weights_reference import EPSILON, codes_of, parts
+from adq.quant.scheme import INITIALISATIONS, Initialisation
 
 LLOYD_STEPS = 20
 SMALLEST_SCALE = 1e-2  # of a channel, relative to its layer's
-DEAD_COUNT = 0.5  # a level whose running count falls below half a weight serves nobody
 
 
 def channel_scale(weight: Tensor) -> Tensor:
@@ -138,8 +137,7 @@ def best_uniform(ordered: Tensor, bits: int, candidates: int = 64) -> Tensor:
 
 def assign(x: Tensor, levels: Tensor) -> Tensor:
     """The index of each value's nearest level, int64, shape of `x`; ties go to the upper level."""
-    thresholds = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize(x.contiguous(), thresholds, right=True)
+    return codes_of(x.contiguous(), levels).long()
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
@@ -151,11 +149,14 @@ def fake_quantize(weight: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 
     Shapes: weight (C, ...), scale (C, 1, ..., 1), levels (K,).
     """
-    x = (weight / scale).detach()
-    level = levels[assign(x, levels)].detach()
-    # the brackets are exactly zero and carry the gradients; w + s·(c − x) would be off by rounding,
-    # and a channel would then hold more than K values
-    return scale * level + (weight - weight.detach()) - (scale - scale.detach()) * x
+    rows = weight.flatten(1)
+    shape = ([rows.shape[0]], [rows.shape[1]], [_bits(levels)])
+    out = quantize_weights(rows.reshape(-1), scale.flatten(), levels, *shape)[0]
+    return out.reshape(weight.shape)
+
+
+def _bits(levels: Tensor) -> int:
+    return levels.numel().bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,16 @@ class Statistics:
     squared_errors: Tensor
 
 
+def _partials(x: Tensor, levels: Tensor) -> Tensor:
+    x = x.detach().flatten()
+    shape = ([1], [x.numel()], [_bits(levels)])
+    return quantize_weights(x, torch.ones_like(x[:1]), levels, *shape, gather=True)[2]
+
+
 def statistics(x: Tensor, levels: Tensor) -> Statistics:
     """Per level: how many values it serves, their sum, and their squared distance from it."""
-    k = levels.numel()
-    flat = x.detach().flatten()
-    codes = assign(flat, levels)
-    errors = (flat - levels[codes]).square()
-    return Statistics(
-        counts=torch.bincount(codes, minlength=k).double(),
-        sums=torch.bincount(codes, weights=flat.double(), minlength=k),
-        squared_errors=torch.bincount(codes, weights=errors.double(), minlength=k),
-    )
+    parts = _partials(x, levels).reshape(3, -1, levels.numel())
+    return Statistics(*parts.sum(dim=1))
 
 
 @dataclass(frozen=True)
@@ -189,59 +189,46 @@ class Codebook:
     sums: Tensor
 
 
-def new_codebook(x: Tensor, bits: int, method: Initialisation = "quantile-lloyd") -> Codebook:
-    """A codebook started from `x`: N counts the values of each level, and M = N·c."""
+def new_codebook(
+    x: Tensor, bits: int, method: Initialisation = "quantile-lloyd", *, zero: bool = False
+) -> Codebook:
+    """A codebook started from `x`: N counts the values of each level, and M = N·c.
+
+    With `zero`, the level nearest to zero is put there.
+    """
     levels = initial_levels(x, bits, method)
+    if zero:
+        levels[levels.abs().argmin()] = 0.0
     now = statistics(x, levels)
     dtype = torch.promote_types(x.dtype, torch.float32)  # float16 cannot count beyond 65504
     return Codebook(levels, now.counts.to(dtype), (now.counts * levels.double()).to(dtype))
 
 
-def ema_step(codebook: Codebook, x: Tensor, decay: float, epsilon: float = 1e-5) -> Codebook:
-    """One exponential-moving-average step towards the cell means of `x`.
+def ema_step(
+    codebook: Codebook,
+    x: Tensor,
+    decay: float,
+    epsilon: float = EPSILON,
+    *,
+    split: bool = True,
+    zero: bool = False,
+) -> Codebook:
+    """One exponential-moving-average step towards the cell means of `x`, with every dead level
+    re-seeded: the codebook step of `adq.quant.kernels.weights_reference`, for one layer.
 
-        N ← γN + (1−γ)n,   M ← γM + (1−γ)m,   c = M / Ñ,   Ñ = (N+ε)/(ΣN + Kε) · ΣN
-
-    where n and m are this step's counts and sums (arXiv 1711.00937, eq. 6 to 8). All weights are
-    seen at every step, so this is a Lloyd iteration damped to a lag of about 1/(1−γ) steps.
-
-    A level with N below half a weight is dead: it keeps its place unless another cell still has
-    error to split. Then the dead level takes one half of that cell: the cell's level c becomes
-    c ± σ, σ being the root mean square of its error, and N and M are set for both, so that the
-    next step does not undo it. Levels come back sorted.
+    All weights are seen at every step, so this is a Lloyd iteration damped to a lag of about
+    1/(1−γ) steps.
     """
-    now = statistics(x, codebook.levels)
-    counts = decay * codebook.counts.double() + (1 - decay) * now.counts
-    sums = decay * codebook.sums.double() + (1 - decay) * now.sums
-    total, k = counts.sum(), counts.numel()
-    smoothed = (counts + epsilon) / (total + k * epsilon) * total
-    dead = counts < DEAD_COUNT
-    levels = torch.where(dead, codebook.levels.double(), sums / smoothed)
-    levels, counts, sums = _split_worst(levels, counts, sums, dead, now)
-    order = levels.argsort(stable=True)
-    return Codebook(
-        levels[order].to(codebook.levels.dtype),
-        counts[order].to(codebook.counts.dtype),
-        sums[order].to(codebook.sums.dtype),
+    levels, counts, sums, _ = codebook_step(
+        _partials(x, codebook.levels),
+        codebook.levels,
+        codebook.counts,
+        codebook.sums,
+        [_bits(codebook.levels)],
+        [parts(x.numel())],
+        decay,
+        epsilon=epsilon,
+        split=split,
+        zero=zero,
     )
-
-
-def _split_worst(
-    levels: Tensor, counts: Tensor, sums: Tensor, dead: Tensor, now: Statistics
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each dead level one half of a cell, the cells with most squared error first."""
-    # a cell can be split when it is alive and holds at least two values that differ
-    error = torch.where(dead | (now.counts < 2), 0.0, now.squared_errors)
-    worst = error.argsort(descending=True, stable=True)
-    dead_first = dead.long().argsort(descending=True, stable=True)
-    pairs = torch.arange(levels.numel(), device=levels.device) < torch.minimum(
-        dead.sum(), (error > 0).sum()
-    )
-    takers, givers = dead_first[pairs], worst[pairs]
-    spread = (error[givers] / now.counts[givers].clamp(min=1)).sqrt()
-    half = counts[givers] / 2
-    lower, upper = levels[givers] - spread, levels[givers] + spread
-    levels, counts, sums = levels.clone(), counts.clone(), sums.clone()
-    for index, value in ((givers, lower), (takers, upper)):
-        levels[index], counts[index], sums[index] = value, half, half * value
-    return levels, counts, sums
+    return Codebook(levels, counts, sums)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from adq.quant.batches import evaluating, first_tensor, forward
 from adq.quant.errors import InputError
+from adq.quant.rows import TRANSPOSED, rows_of
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,23 @@ class LayerInfo:
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     macs: int
+    out_channels: int
 
     @property
     def weight_numel(self) -> int:
         return prod(self.weight_shape)
 
-    @property
-    def out_channels(self) -> int:
-        return self.weight_shape[0]
+    def scales(self, group_size: int | None = None) -> int:
+        """How many scales the weight has: one a channel, or one for `group_size` weights."""
+        size = self.weight_numel // self.out_channels
+        if group_size is None or size % group_size:
+            return self.out_channels
+        return self.weight_numel // group_size
 
 
 def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
-    """The Conv1d, Conv2d and Linear layers that a forward pass runs, in the order it runs them.
+    """The layers with a weight to quantize that a forward pass runs, in the order it runs them:
+    convolutions in one and two dimensions, transposed ones too, and Linear.
 
     A layer called several times is listed once, with the MACs of all its calls. Layers that the
     pass never reaches, and layers that share one weight tensor with another module (tied
@@ -56,8 +62,12 @@ def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
     def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        positions = output.numel() // (samples * weight.shape[0])
-        macs = weight.numel() * positions
+        channels = rows_of(module).channels
+        # a weight meets every output position, in a transposed convolution every input position
+        met, of = (
+            (args[0], weight.shape[0]) if isinstance(module, TRANSPOSED) else (output, channels)
+        )
+        macs = weight.numel() * (met.numel() // (samples * of))
         name = names[module]
         if name in found:
             macs += found[name].macs
@@ -67,6 +77,7 @@ def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
             weight_shape=tuple(weight.shape),
             input_shape=tuple(args[0].shape[1:]),
             macs=macs,
+            out_channels=channels,
         )
 
     hooks = [
@@ -82,7 +93,7 @@ def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
             hook.remove()
     if len(found) < 3:
         raise InputError(
-            f"{type(model).__name__} runs {len(found)} Conv1d, Conv2d or Linear layers; a search "
+            f"{type(model).__name__} runs {len(found)} convolutions or Linear layers; a search "
             "needs at least 3 (the first and the last are pinned)"
         )
     return tuple(found.values())

@@ -1,19 +1,39 @@
 """The training loop: FP32 training and quantization-aware fine-tuning alike."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from adq.quant.apply import quantized_layers, update_codebooks
-from adq.quant.batches import Batches, batch_size, device_of, forward, seeded, to_device
+from adq.quant.batches import (
+    Batch,
+    Batches,
+    batch_size,
+    device_of,
+    evaluating,
+    forward,
+    random_state,
+    seeded,
+    set_random_state,
+    to_device,
+)
 from adq.quant.errors import InputError, NonFiniteLossError
+from adq.quant.files import atomic_path
+from adq.quant.flat import flat_of
+from adq.quant.modules import ActivationQuantizer, AdaptiveWeight, WeightQuantizer
+from adq.quant.oscillation import Flips
+from adq.quant.scheme import OPTIMIZERS, Optimizer
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> mean loss of the batch, a scalar."""
+
+CHECKPOINT = "adq-training/1"
 
 
 @dataclass(frozen=True)
@@ -21,19 +41,61 @@ class TrainingConfig:
     """How to train; the defaults are those of a short fine-tuning.
 
     epochs           passes over the training batches
-    lr               peak learning rate of AdamW; cosine decay to zero, per step
-    weight_decay     of weights with two or more dimensions; scales, thresholds and biases get none
+    lr               peak learning rate; cosine decay to zero, per step
+    weight_decay     of weights with two or more dimensions; quantizers and biases get none
     warmup           fraction of the steps over which the rate rises linearly
+    optimizer        `adamw`, or `sgd` with Nesterov's momentum
+    momentum         of `sgd`
+    amp              `bf16` or `fp16` autocast (fp16 with a scaled loss); none if not given
+    distillation     λ of the loss (1 − λ)·task + λ·T²·KL(teacher ‖ model), where there is a teacher
+    temperature      T of both softmaxes (Hinton et al., arXiv 1503.02531)
     codebook_decay   γ of the codebooks' moving average
-    codebook_freeze  last fraction of the steps in which codebooks stay still
+    codebook_freeze  last fraction of the steps in which codebooks stay still; 1 for always
+    dampening        λ_d at the end of λ_d(t)·Σ(w − ŵ)², raised from 0 by a cosine (Nagel et al.,
+                     arXiv 2203.11086, eq. 6); 0 is off
+    freeze_above     frequency from which oscillating weights are frozen, see `oscillation`; the
+                     paper's are 0.01 to 0.1; off if not given
+    checkpoint_every steps between checkpoints, beside those at the end of each epoch; 0 for none
     """
 
     epochs: int
     lr: float = 1e-3
     weight_decay: float = 1e-4
     warmup: float = 0.05
+    optimizer: Optimizer = "adamw"
+    momentum: float = 0.9
+    amp: Literal["bf16", "fp16"] | None = None
+    distillation: float = 0.5
+    temperature: float = 1.0
     codebook_decay: float = 0.95
     codebook_freeze: float = 0.25
+    dampening: float = 0.0
+    freeze_above: float | None = None
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
+        if self.amp not in (None, "bf16", "fp16"):
+            raise InputError(f"amp: expected bf16, fp16 or none, got {self.amp!r}")
+        if not 0 <= self.distillation <= 1:
+            raise InputError(f"distillation: expected 0 to 1, got {self.distillation}")
+
+
+@dataclass
+class Epoch:
+    """What is known of one epoch.
+
+    loss   mean training loss over its samples
+    flips  layer -> mean fraction of its weights that change level in a step
+    dead   layer -> mean number of dead levels that a codebook step met
+    """
+
+    loss: float = 0.0
+    flips: dict[str, float] = field(default_factory=dict)
+    dead: dict[str, float] = field(default_factory=dict)
 
 
 def train_(
@@ -43,58 +105,243 @@ def train_(
     config: TrainingConfig,
     seed: int,
     on_epoch: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Train `model` in place; returns the mean training loss of each epoch.
+    *,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+) -> list[Epoch]:
+    """Train `model` in place; returns what is known of each epoch.
 
-    Codebooks of quantized layers follow the weights after every step. Everything random (data
-    order, augmentation, dropout) comes from `seed` and the epoch's number, so that a run repeats.
+    Codebooks of quantized layers follow the weights at every step. Everything random (data order,
+    augmentation, dropout) comes from `seed` and the epoch's number, so that a run repeats. A
+    `teacher` (the FP32 model) is used where outputs are class scores, see `distils`.
 
-    Raises NonFiniteLossError at the first step whose loss is nan or infinite.
+    With a `checkpoint`, the whole state is kept in that file, and a run that finds it there goes
+    on from it, to the same weights as a run that was never interrupted.
+
+    Raises NonFiniteLossError at the first step whose loss is nan or infinite, InputError for a
+    checkpoint of another run.
     """
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.weight_decay), lr=config.lr, fused=True
+    return _Run(model, batches, loss, config, seed, teacher, checkpoint).train(on_epoch)
+
+
+def distils(outputs: Any, targets: Any) -> bool:
+    """Whether outputs are class scores (N, C, ...) for whole-number targets (N, ...), C >= 2."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.is_floating_point()
+        and outputs.dim() >= 2
+        and outputs.shape[1] >= 2
+        and targets.dtype in (torch.int64, torch.int32, torch.uint8)
+        and targets.shape == outputs.shape[:1] + outputs.shape[2:]
     )
-    quantized = any(True for _ in quantized_layers(model))
-    device = device_of(model)
-    losses: list[float] = []
-    steps_per_epoch = _count(batches, seed)
-    if steps_per_epoch == 0:
-        raise InputError("the training batches are empty: expected at least one batch")
-    total = config.epochs * steps_per_epoch
-    step = 0
-    model.train()
-    for epoch in range(config.epochs):
-        epoch_loss, samples = 0.0, 0
-        with seeded(seed * 10_007 + epoch):
-            for batch in batches:
-                inputs, targets = to_device(batch, device)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * _schedule(step, total, config.warmup)
-                value = loss(forward(model, inputs), targets)
-                number = value.item()
-                if not math.isfinite(number):
-                    raise NonFiniteLossError(
-                        f"the training loss became {number} in epoch {epoch + 1}, step "
-                        f"{step % steps_per_epoch + 1}: check the data and the loss, or lower the "
-                        f"learning rate ({config.lr:g})"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                if quantized and step < (1 - config.codebook_freeze) * total:
-                    update_codebooks(model, config.codebook_decay)
-                n = batch_size(batch)
-                epoch_loss, samples, step = epoch_loss + number * n, samples + n, step + 1
-        if samples == 0:
-            raise InputError(
-                f"the training batches gave nothing in epoch {epoch + 1}: they must be iterable "
-                "again and again, which a generator is not"
+
+
+def distillation_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(teacher/T) ‖ softmax(outputs/T)) over dimension 1, mean over the rest."""
+    log_p = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
+    log_q = F.log_softmax(outputs.float() / temperature, dim=1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+    return divergence.mean() * temperature**2
+
+
+class _Run:
+    """One call of `train_`: what it holds, and where it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        loss: Loss,
+        config: TrainingConfig,
+        seed: int,
+        teacher: nn.Module | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.batches, self.loss = model, batches, loss
+        self.config, self.seed = config, seed
+        self.teacher = teacher if config.distillation > 0 else None
+        self.checkpoint = checkpoint
+        self.device = device_of(model)
+        self.optimizer = _optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.flat = flat_of(model)
+        self.flips = None if self.flat is None else Flips(self.flat, config.freeze_above)
+        self.epochs: list[Epoch] = []
+        self.step = 0  # over all epochs
+        self.batch = 0  # in this epoch
+        self.sums: dict[str, Any] = {}  # of this epoch
+
+    def train(self, on_epoch: Callable[[int, float], None] | None) -> list[Epoch]:
+        steps = _count(self.batches, self.seed)
+        if steps == 0:
+            raise InputError("the training batches are empty: expected at least one batch")
+        self.total = self.config.epochs * steps
+        random = self._load()
+        while len(self.epochs) < self.config.epochs:
+            epoch = len(self.epochs)
+            self.model.train()
+            with seeded(self.seed * 10_007 + epoch):
+                for batch in self._rest_of_epoch(random):
+                    self._train_on(to_device(batch, self.device))
+                    every = self.config.checkpoint_every
+                    if every and self.step % every == 0:
+                        self._save()
+            if self.batch == 0:
+                raise InputError(
+                    f"the training batches gave nothing in epoch {epoch + 1}: they must be "
+                    "iterable again and again, which a generator is not"
+                )
+            self._close_epoch()
+            random = None
+            self._save()
+            if on_epoch is not None:
+                on_epoch(epoch, self.epochs[-1].loss)
+        self.model.eval()
+        return self.epochs
+
+    def _rest_of_epoch(self, random: dict[str, Any] | None) -> Iterator[Batch]:
+        """The batches that this epoch has not seen yet.
+
+        Those seen are drawn again and dropped, and the random state is set to what it was then.
+        """
+        for index, batch in enumerate(self.batches):
+            if index < self.batch:
+                continue
+            if random is not None and index == self.batch:
+                set_random_state(random)
+                random = None
+            self.batch += 1
+            yield batch
+
+    def _train_on(self, batch: Batch) -> None:
+        inputs, targets = batch
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(self.step, self.total, config.warmup)
+        adapting = self.flat is not None and self._adapts()
+        if self.flat is not None:
+            self.flat.tracking = adapting
+        try:
+            value = self._loss_of(inputs, targets)
+        finally:
+            if self.flat is not None:
+                self.flat.tracking = False
+        number = value.item()
+        if not math.isfinite(number):
+            raise NonFiniteLossError(
+                f"the training loss became {number} in epoch {len(self.epochs) + 1}, step "
+                f"{self.batch}: check the data and the loss, or lower the learning rate "
+                f"({config.lr:g})"
             )
-        losses.append(epoch_loss / samples)
-        if on_epoch is not None:
-            on_epoch(epoch, losses[-1])
-    model.eval()
-    return losses
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(value).backward()
+        if self.flat is not None and self.flips is not None:
+            self._add("flips", self.flips.step())
+            if adapting:
+                self._add("dead", self.flat.update(config.codebook_decay))
+                self._add("updates", 1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.flips is not None:
+            self.flips.hold_()
+        n = batch_size(batch)
+        self._add("loss", number * n)
+        self._add("samples", n)
+        self.step += 1
+
+    def _adapts(self) -> bool:
+        assert self.flat is not None
+        running = self.step < (1 - self.config.codebook_freeze) * self.total
+        return running and isinstance(self.flat.quantizers[0], AdaptiveWeight)
+
+    def _loss_of(self, inputs: Any, targets: Any) -> Tensor:
+        config = self.config
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        autocast = (
+            nullcontext()
+            if config.amp is None
+            else torch.autocast(self.device.type, kinds[config.amp])
+        )
+        with autocast:
+            outputs = forward(self.model, inputs)
+            value = self.loss(outputs, targets)
+            if self.teacher is not None and distils(outputs, targets):
+                with evaluating(self.teacher), torch.no_grad():
+                    taught = forward(self.teacher, inputs)
+                distance = distillation_loss(outputs, taught, config.temperature)
+                value = torch.lerp(value.float(), distance, config.distillation)
+        if config.dampening and self.flat is not None:
+            rise = 0.5 * (1 - math.cos(math.pi * self.step / self.total))
+            value = value + config.dampening * rise * self.flat.distance()
+        return value
+
+    def _add(self, name: str, value: Any) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _close_epoch(self) -> None:
+        sums, names = self.sums, [] if self.flat is None else self.flat.names
+        epoch = Epoch(sums["loss"] / sums["samples"])
+        if "flips" in sums:
+            epoch.flips = dict(zip(names, (sums["flips"] / self.batch).tolist(), strict=True))
+        if "dead" in sums:
+            epoch.dead = dict(zip(names, (sums["dead"] / sums["updates"]).tolist(), strict=True))
+        self.epochs.append(epoch)
+        self.batch, self.sums = 0, {}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"schema": CHECKPOINT, "config": asdict(self.config), "seed": self.seed}
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        state = {
+            **self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "flips": {} if self.flips is None else self.flips.state_dict(),
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "step": self.step,
+            "batch": self.batch,
+            "sums": self.sums,
+            "random": random_state(),
+        }
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def _load(self) -> dict[str, Any] | None:
+        """Take up the checkpoint, if there is one; the random state in the middle of an epoch."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except Exception as error:  # noqa: BLE001 (torch.load fails in many ways on a damaged file)
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"checkpoint {self.checkpoint} is damaged ({text})") from None
+        if not isinstance(state, Mapping) or any(
+            state.get(key) != value for key, value in self._identity().items()
+        ):
+            raise InputError(
+                f"checkpoint {self.checkpoint} is of another run (other options or seed): restore "
+                "them, or remove the file to start anew"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"checkpoint {self.checkpoint} is of another model ({text})") from None
+        self.scaler.load_state_dict(state["scaler"])
+        if self.flips is not None:
+            self.flips.load_state_dict(state["flips"])
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self.step, self.batch, self.sums = state["step"], state["batch"], state["sums"]
+        random: dict[str, Any] = state["random"]
+        random["torch"] = random["torch"].cpu()
+        random["cuda"] = [t.cpu() for t in random["cuda"]]
+        random["numpy"][1] = random["numpy"][1].cpu()
+        return random if self.batch else None
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:
@@ -105,13 +352,23 @@ def _schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    groups = _parameter_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+
+
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    quantizers = (WeightQuantizer, ActivationQuantizer)
+    learned = {
+        p for m in model.modules() if isinstance(m, quantizers) for p in m.parameters()
+    }  # scales and thresholds: pulled to zero they would shrink the range
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            is_scale = name.rpartition(".")[2].startswith("log_")
-            (plain if parameter.dim() < 2 or is_scale else decayed).append(parameter)
+            (plain if parameter.dim() < 2 or parameter in learned else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from adq.quant.calibrate import Ranges, reestimate_batchnorm_
 from adq.quant.errors import NonFiniteLossError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import save_packed
-from adq.quant.qat import TrainingConfig, train_
+from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector
 from adq.search.problem import Problem
 
@@ -27,8 +27,11 @@ SCHEMA = "adq-record/1"
 class Record:
     """What is known of one trained candidate.
 
-    `validation` is None when training failed, and `error` says why. `test` is filled for final
-    candidates only, and nothing chooses by it. `weights` names a packed file in the study folder.
+    `train_losses`, `flips` (fraction of a layer's weights that change level in a step, mean over
+    layers) and `dead_levels` (those that a codebook step met, sum over layers) have one entry an
+    epoch. `validation` is None when training failed, and `error` says why. `test` is filled for
+    final candidates only, and nothing chooses by it. `weights` names a packed file in the study
+    folder.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Record:
     epochs: int
     costs: Costs
     train_losses: tuple[float, ...]
+    flips: tuple[float, ...]
+    dead_levels: tuple[float, ...]
     validation: Evaluation | None
     test: Evaluation | None
     seconds: float
@@ -55,7 +60,8 @@ class Record:
                 fields[split] = Evaluation(**fields[split])
         fields["bits"] = BitVector.from_json(fields["bits"])
         fields["costs"] = Costs(**fields["costs"])
-        fields["train_losses"] = tuple(fields["train_losses"])
+        for name in ("train_losses", "flips", "dead_levels"):
+            fields[name] = tuple(fields[name])
         return Record(**fields)
 
 
@@ -82,17 +88,18 @@ def train_candidate(
     task, seed = problem.task, problem.config.seed
     with seeded(seed):  # whatever a data pipeline draws, in evaluation too
         ranges = problem.input_ranges(fp32) if ranges is None else ranges
-        model = quantize_(copy.deepcopy(fp32), bits, ranges)
-        losses: list[float] = []
+        model = quantize_(copy.deepcopy(fp32), bits, ranges, problem.config.scheme)
+        log: list[Epoch] = []
         validation = test = error = weights = None
         try:
-            losses = train_(
+            log = train_(
                 model,
                 task.train,
                 task.loss,
-                TrainingConfig(epochs, problem.config.lr),
+                problem.config.training(epochs),
                 seed,
                 on_epoch,
+                teacher=fp32,
             )
             reestimate_batchnorm_(model, problem.calibration)
             validation = evaluate(model, task.validation, task.loss, task.metric)
@@ -110,10 +117,16 @@ def train_candidate(
         seed=seed,
         epochs=epochs,
         costs=problem.costs.costs(bits),
-        train_losses=tuple(losses),
+        train_losses=tuple(epoch.loss for epoch in log),
+        flips=tuple(_mean(epoch.flips) for epoch in log),
+        dead_levels=tuple(sum(epoch.dead.values()) for epoch in log),
         validation=validation,
         test=test,
         seconds=time.monotonic() - started,
         weights=weights,
         error=error,
     )
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -6,16 +6,30 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from adq.quant.errors import InputError
+from adq.quant.scheme import (
+    ACT_METHODS,
+    INITIALISATIONS,
+    OPTIMIZERS,
+    WEIGHT_METHODS,
+    ActMethod,
+    Initialisation,
+    Optimizer,
+    Scheme,
+    WeightMethod,
+)
 from adq.quant.spec import MAX_BITS, MIN_BITS
 from adq.search.budget import Budget
+
+if TYPE_CHECKING:
+    from adq.quant.qat import TrainingConfig
 
 IN_PYTHON = "python"
 """What a configuration calls a task that was given as an object."""
 
-Kind = Literal["text", "whole", "number", "weight-bits", "act-bits"]
+Kind = Literal["text", "whole", "number", "share", "weight-bits", "act-bits"]
 
 
 def _option(default: Any, kind: Kind, text: str, low: float = -math.inf) -> Any:
@@ -50,6 +64,16 @@ class StudyConfig:
         None, "whole", "epochs of FP32 training before the search; the task's own if not given", 0
     )
     lr: float = _option(1e-3, "number", "peak learning rate of the fine-tuning", 0)
+    optimizer: str = _option("adamw", "text", "adamw or sgd")
+    distillation: float = _option(
+        0.5, "share", "share of the FP32 model's class scores in the fine-tuning's loss, 0 to 1"
+    )
+    weight_quantizer: str = _option("adq", "text", ", ".join(WEIGHT_METHODS))
+    act_quantizer: str = _option("n2uq", "text", ", ".join(ACT_METHODS))
+    codebook_start: str = _option("quantile-lloyd", "text", ", ".join(INITIALISATIONS))
+    group_size: int | None = _option(
+        None, "whole", "weights that share a scale; an output channel if not given", 2
+    )
     seed: int = _option(0, "whole", "seed of everything random", 0)
     device: str = _option("auto", "text", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
     study: str | None = _option(None, "text", "the study's name; TASK-1, TASK-2, ... if not given")
@@ -61,6 +85,11 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name), option_name(f)))
+        self.scheme  # noqa: B018 (its own checks)
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         if self.first_last_bits and not MIN_BITS <= self.first_last_bits <= MAX_BITS:
             raise InputError(
                 f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "
@@ -81,6 +110,26 @@ class StudyConfig:
     @property
     def budget(self) -> Budget:
         return Budget(self.budget_bits, self.budget_size_mb, self.budget_gbops)
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(
+            cast(WeightMethod, self.weight_quantizer),
+            cast(ActMethod, self.act_quantizer),
+            cast(Initialisation, self.codebook_start),
+            group_size=self.group_size,
+        )
+
+    def training(self, epochs: int) -> "TrainingConfig":
+        """How a candidate is fine-tuned."""
+        from adq.quant.qat import TrainingConfig
+
+        return TrainingConfig(
+            epochs,
+            self.lr,
+            optimizer=cast(Optimizer, self.optimizer),
+            distillation=self.distillation,
+        )
 
     def to_toml(self) -> str:
         import tomli_w
@@ -149,6 +198,10 @@ def _checked(f: "Field[Any]", value: Any, where: str) -> Any:
         if type(value) in (int, float) and math.isfinite(value) and value > max(low, 0):
             return float(value)
         wanted = "a positive number"
+    elif kind == "share":
+        if type(value) in (int, float) and 0 <= value <= 1:
+            return float(value)
+        wanted = "a number from 0 to 1"
     else:
         bits = _bit_list(value)
         zero = {0} if kind == "act-bits" else set()

@@ -15,7 +15,7 @@ from adq.quant.batches import seeded, take_samples
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.files import atomic_path, read_json, write_json, write_tensors
-from adq.quant.qat import TrainingConfig, train_
+from adq.quant.qat import Epoch, TrainingConfig, train_
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem
@@ -99,7 +99,7 @@ def _epochs(problem: Problem) -> int:
 def _train(problem: Problem, epochs: int, observer: Observer) -> list[float]:
     task = problem.task
     with seeded(problem.config.seed):
-        losses: list[float] = problem.call(
+        log: list[Epoch] = problem.call(
             "FP32 training",
             lambda: train_(
                 problem.initial_model,
@@ -110,7 +110,7 @@ def _train(problem: Problem, epochs: int, observer: Observer) -> list[float]:
                 lambda _, loss: observer.step(f"loss {loss:.4f}"),
             ),
         )
-    return losses
+    return [epoch.loss for epoch in log]
 
 
 def _evaluate(problem: Problem) -> tuple[Evaluation, Evaluation]:

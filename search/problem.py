@@ -55,7 +55,8 @@ class Problem:
     def input_ranges(self, fp32: nn.Module) -> Ranges:
         """Where the input quantizers of every choice start, from the FP32 model's inputs."""
         act = {layer.name: [b for b in layer.act if b != FP32] for layer in self.space.layers}
-        return input_ranges(fp32, {k: b for k, b in act.items() if b}, self.calibration)
+        wanted = {name: bits for name, bits in act.items() if bits}
+        return input_ranges(fp32, wanted, self.calibration, self.config.scheme.act)
 
     def model_metadata(self, point: str) -> dict[str, Any]:
         """What a packed file says of itself beside its bits."""
@@ -105,7 +106,8 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     space = make_space(layers, config.bits, config.act_bits, config.first_last_bits)
     if space.size == 1:
         raise InputError("bits, act-bits: a single choice leaves nothing to search")
-    costs = CostModel(model, layers, space.searched or tuple(layer.name for layer in layers))
+    searched = space.searched or tuple(layer.name for layer in layers)
+    costs = CostModel(model, layers, searched, config.group_size)
     extremes = [
         costs.costs(space.bit_vector(point)) for point in (space.smallest(), space.largest())
     ]

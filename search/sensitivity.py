@@ -53,7 +53,14 @@ def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sens
         with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
             found.append(
                 trace_sensitivity(
-                    model, problem.layers, bits, trace_data, loss, probes, config.seed
+                    model,
+                    problem.layers,
+                    bits,
+                    trace_data,
+                    loss,
+                    probes,
+                    config.seed,
+                    config.scheme,
                 )
             )
         observer.step(f"Hessian trace, {found[0].seconds:.1f} s")
@@ -66,7 +73,9 @@ def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Sens
             f"({' '.join(str(error).split())[:80]}): seeds come from the gradient score alone"
         )
     gradient_data = take_samples(problem.calibration, GRADIENT_SAMPLES)
-    gradient = gradient_sensitivity(model, problem.layers, bits, act_bits, gradient_data, loss)
+    gradient = gradient_sensitivity(
+        model, problem.layers, bits, act_bits, gradient_data, loss, config.scheme
+    )
     observer.step(f"gradients, {gradient.seconds:.1f} s")
     return [*found, gradient]
 

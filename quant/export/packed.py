@@ -1,10 +1,10 @@
 """A quantized model in one safetensors file, its weights packed at their true width.
 
-Tensors, for each quantized layer L with n weights of b bits in C output channels:
+Tensors, for each quantized layer L with n weights of b bits in R rows (see `adq.quant.rows`):
 
-    L.weight.codes      uint8    (ceil(n·b/8),)  see `adq.quant.packing`
+    L.weight.codes      uint8    (ceil(n·b/8),)  row after row, see `adq.quant.packing`
     L.weight.codebook   float32  (2^b,)
-    L.weight.scale      float32  (C,)            weight = scale[c] · codebook[code]
+    L.weight.scale      float32  (R,)            row r = scale[r] · codebook[codes of r]
     L.input.thresholds  float32  (2^a − 1,)      only where the input has a bits
     L.input.scale       float32  (1,)            input = scale · (#{thresholds <= x} − zero_point)
     L.input.zero_point  float32  (1,)
@@ -24,28 +24,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from adq.quant import codebook
-from adq.quant.apply import (
-    INPUT_QUANTIZER,
-    attach_input_quantizer,
-    bits_of,
-    original_weight,
-    quantized_layers,
-    weight_quantizer,
-)
+from adq.quant.apply import INPUT_QUANTIZER, attach_input_quantizer, bits_of, quantized_layers
 from adq.quant.errors import InputError
 from adq.quant.files import write_tensors
-from adq.quant.modules import ActivationQuantizer
+from adq.quant.modules import ActivationQuantizer, original_weight, weight_quantizer
 from adq.quant.packing import pack, packed_bytes, unpack
+from adq.quant.rows import Rows, rows_of
 from adq.quant.spec import BitVector
 
 SCHEMA = "adq-model/1"
 _FLOAT_BYTES = 4
 
 
-def weight_bytes(numel: int, out_channels: int, bits: int) -> int:
+def weight_bytes(numel: int, scales: int, bits: int) -> int:
     """Bytes of one layer's weight in the file: codes, codebook and scales."""
-    return packed_bytes(numel, bits) + _FLOAT_BYTES * (2**bits + out_channels)
+    return packed_bytes(numel, bits) + _FLOAT_BYTES * (2**bits + scales)
 
 
 def input_bytes(bits: int | None) -> int:
@@ -66,12 +59,12 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in quantized_layers(model):
         quantizer = weight_quantizer(layer)
         assert quantizer is not None
+        weight = original_weight(layer)
         with torch.no_grad():
-            scale = quantizer.scale
-            codes = codebook.assign(original_weight(layer) / scale, quantizer.levels)
-        tensors[f"{name}.weight.codes"] = pack(codes, quantizer.bits)
+            scale = quantizer.scale_of(quantizer.rows.split(weight))
+        tensors[f"{name}.weight.codes"] = pack(quantizer.codes(weight), quantizer.bits)
         tensors[f"{name}.weight.codebook"] = quantizer.levels.float()
-        tensors[f"{name}.weight.scale"] = scale.detach().flatten().float()
+        tensors[f"{name}.weight.scale"] = scale.float()
         own.add(f"{name}.parametrizations.weight.")
         if hasattr(layer, INPUT_QUANTIZER):
             act = layer.input_quantizer
@@ -145,8 +138,11 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
             codes = unpack(tensors.pop(f"{name}.weight.codes"), bits, weight.numel()).long()
             levels = tensors.pop(f"{name}.weight.codebook")
             scale = tensors.pop(f"{name}.weight.scale")
-            rows = levels[codes].reshape(weight.shape[0], -1)
-            tensors[f"{name}.weight"] = (scale[:, None] * rows).reshape(weight.shape)
+            rows = rows_of(model.get_submodule(name))
+            rows = Rows(rows.shape, weight.numel() // scale.numel(), rows.groups)
+            tensors[f"{name}.weight"] = rows.join(
+                scale[:, None] * levels[codes].reshape(rows.count, rows.size)
+            )
         for name in file.bits.act:
             inputs[name] = PackedInput(
                 *(tensors.pop(f"{name}.input.{k}") for k in ("thresholds", "scale", "zero_point"))

@@ -6,18 +6,21 @@ prints one line per kernel configuration and target: registers a thread, shared 
 and what is spilled to memory for want of registers (bytes of local memory and stack on CUDA,
 registers on AMD). It ends with exit status 1 if anything is spilled.
 
-Configurations are those that the launchers of `n2uq` ask Triton for with float32 parameters: every
-bit-width with every dtype of x, and once more where the number of elements is no multiple of 16,
-for which Triton makes another kernel.
+Configurations are those that the launchers ask Triton for with float32 parameters (or scales and
+levels) at addresses that are multiples of 16: in `n2uq` every bit-width with every dtype of x, and
+once more where the number of elements is no multiple of 16, for which Triton makes another kernel;
+in `weights` every dtype of w with and without statistics, and with every backward rule; in
+`codebooks` one.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adq.quant.kernels import n2uq
+from adq.quant.kernels import codebooks, n2uq, weights
+from adq.quant.kernels.weights_reference import DEAD_COUNT, PART, RULES
 from adq.quant.spec import MAX_BITS, MIN_BITS
 
 TARGETS = {
@@ -38,16 +42,30 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Config:
-    """One compilation: a kernel of `n2uq` with the types of its arguments and its constants."""
+    """One compilation: a kernel with the types of its arguments and its constants."""
 
+    module: str
     kernel: str
     target: str
     dtype: str
-    constants: dict[str, int]
-    types: dict[str, str]
+    constants: Mapping[str, float]
+    types: Mapping[str, str]
     warps: int = 4
     even: bool = True
     """Whether the number of elements is known to be a multiple of 16."""
+    fusion: bool = True
+    """Whether a product and a sum may become one instruction."""
+
+    def __str__(self) -> str:
+        name = f"{self.module} {self.kernel.removesuffix('_kernel')}"
+        notes = [self.dtype, *([] if self.even else ["odd"])]
+        if "BITS" in self.constants:
+            notes.insert(0, f"{self.constants['BITS']} bits")
+        if self.constants.get("GATHER"):
+            notes.append("statistics")
+        if "RULE" in self.constants:
+            notes.append(RULES[int(self.constants["RULE"])])
+        return f"{self.target:7} {name:16} {' '.join(notes):16}"
 
 
 @dataclass(frozen=True)
@@ -60,46 +78,80 @@ class Report:
     spills: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        config = self.config
-        name = config.kernel.removesuffix("_kernel")
         spills = ", ".join(f"{k} {v}" for k, v in self.spills.items() if v) or "none"
         return (
-            f"{config.target:7} {name:9} {config.constants['BITS']} bits {config.dtype:5}"
-            f"{'' if config.even else 'odd':4} {self.registers:4} registers "
-            f"{self.shared_bytes:6} bytes shared   spills: {spills}"
+            f"{self.config} {self.registers:4} registers {self.shared_bytes:6} bytes shared"
+            f"   spills: {spills}"
         )
 
 
 def configurations() -> Iterator[Config]:
     """Every configuration, target by target."""
     for target in TARGETS:
-        for bits in range(MIN_BITS, MAX_BITS + 1):
-            constants = {"BITS": bits}
-            yield Config("edges_kernel", target, "fp32", constants, {})
-            rows = {**constants, "BLOCK": n2uq.FINISH_TILE >> bits}
-            yield Config("finish_kernel", target, "fp32", rows, {"programs": "i32"})
-            forward = {**constants, "BLOCK": n2uq.FORWARD_BLOCK}
-            lanes, warps = n2uq.backward_shape(bits)
-            backward = {**constants, "LANES": lanes}
-            for dtype, even in [*((dtype, True) for dtype in DTYPES), ("fp32", False)]:
-                types = dict.fromkeys(("x_ptr", "out_ptr", "grad_ptr", "grad_x_ptr"), f"*{dtype}")
-                types |= {"place_ptr": "*u8" if bits < 8 else "*i16", "numel": "i32"}
-                yield Config("forward_kernel", target, dtype, forward, types, even=even)
-                yield Config("backward_kernel", target, dtype, backward, types, warps, even)
+        yield from _n2uq_configurations(target)
+        yield from _weights_configurations(target)
+        yield Config(
+            *("codebooks", "step_kernel", target, "fp32"),
+            {"DEAD": DEAD_COUNT, "WIDTH": codebooks.WIDTH},
+            {
+                **dict.fromkeys(("partials_ptr", "scratch_ptr"), "*fp64"),
+                **dict.fromkeys(("stride", "scratch_stride"), "i32"),
+                "decay": "fp64",
+                "epsilon": "fp64",
+                "split": "u1",
+                "zero": "u1",
+                "layers_ptr": "*i64",
+                "dead_ptr": "*i32",
+            },
+            codebooks.WARPS,
+            fusion=False,
+        )
+
+
+def _n2uq_configurations(target: str) -> Iterator[Config]:
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        constants = {"BITS": bits}
+        yield Config("n2uq", "edges_kernel", target, "fp32", constants, {})
+        rows = {**constants, "BLOCK": n2uq.FINISH_TILE >> bits}
+        yield Config("n2uq", "finish_kernel", target, "fp32", rows, {"programs": "i32"})
+        forward = {**constants, "BLOCK": n2uq.FORWARD_BLOCK}
+        lanes, warps = n2uq.backward_shape(bits)
+        backward = {**constants, "LANES": lanes}
+        for dtype, even in [*((dtype, True) for dtype in DTYPES), ("fp32", False)]:
+            types = dict.fromkeys(("x_ptr", "out_ptr", "grad_ptr", "grad_x_ptr"), f"*{dtype}")
+            types |= {"place_ptr": "*u8" if bits < 8 else "*i16", "numel": "i32"}
+            yield Config("n2uq", "forward_kernel", target, dtype, forward, types, even=even)
+            yield Config("n2uq", "backward_kernel", target, dtype, backward, types, warps, even)
+
+
+def _weights_configurations(target: str) -> Iterator[Config]:
+    warps = weights.LANES // TARGETS[target].warp_size
+    for dtype in DTYPES:
+        types = dict.fromkeys(("w_ptr", "out_ptr", "grad_ptr", "grad_w_ptr"), f"*{dtype}")
+        types |= {"codes_ptr": "*u8", "layers_ptr": "*i64", "owners_ptr": "*i32"}
+        for gather in (False, True):
+            constants = {"GATHER": gather, "PART": PART, "LANES": weights.LANES}
+            sums = {**types, "partials_ptr": "*fp64", "stride": "i32"}
+            yield Config("weights", "forward_kernel", target, dtype, constants, sums, warps)
+        for rule in range(len(RULES)):
+            constants = {"RULE": rule, "TILE": weights.TILE}
+            yield Config("weights", "backward_kernel", target, dtype, constants, types)
 
 
 def compile_report(config: Config) -> Report:
     """Compiles one configuration down to machine code."""
-    kernel = getattr(n2uq, config.kernel)
+    kernel = getattr(import_module(f"adq.quant.kernels.{config.module}"), config.kernel)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in config.constants else config.types.get(name, "*fp32")
         signature[name] = kind
-        if kind.startswith("*") or (kind == "i32" and config.even):
+        count = kind == "i32" and name in ("numel", "programs")
+        if kind.startswith("*") or (count and config.even):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, config.constants, attributes)
     target = TARGETS[config.target]
-    compiled = triton.compile(source, target=target, options={"num_warps": config.warps})
+    options = {"num_warps": config.warps, "enable_fp_fusion": config.fusion}
+    compiled = triton.compile(source, target=target, options=options)
     shared = compiled.metadata.shared
     if target.backend == "cuda":
         usage = _cuda_usage(compiled.asm["cubin"])

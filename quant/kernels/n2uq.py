@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adq.quant.kernels.reference import bits_of, place_dtype, work_dtype
+from adq.quant.kernels.n2uq_reference import bits_of, place_dtype, work_dtype
 
 FORWARD_BLOCK = 1024
 WARPS_IN_FLIGHT = 2048  # of the backward pass, and so the number of rows: 16 for each of 128 cores

@@ -11,7 +11,7 @@ from oracles import few_examples
 from adq.proxies.base import Sensitivity, Table, quantization_errors
 from adq.quant import codebook
 from adq.quant.apply import quantize
-from adq.quant.codebook import INITIALISATIONS, Initialisation
+from adq.quant.scheme import INITIALISATIONS, Initialisation, Scheme
 
 scores = st.floats(-10, 10, allow_nan=False)
 
@@ -92,7 +92,7 @@ def test_errors_are_those_of_a_model_quantized_at_each_width(
     shape: tuple[int, ...], init: Initialisation
 ) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    errors = quantization_errors(weight, (8, 2, 5), init)
+    errors = quantization_errors(weight, (8, 2, 5), Scheme(init=init))
     assert errors.shape == (3, *shape)
     assert not errors.requires_grad
     for bits, error in zip((8, 2, 5), errors, strict=True):

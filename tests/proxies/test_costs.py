@@ -18,8 +18,8 @@ from adq.quant.spec import BitVector
 
 # The model: conv 2→3, 3x3 on 6x6 gives 4x4: 54 weights, 54·16 = 864 MACs; fc 48→5: 240 weights,
 # 240 MACs. The rest in FP32: biases 3 + 5, BatchNorm 4·3 floats and a counter of 8 bytes.
-CONV = LayerInfo("conv", "Conv2d", (3, 2, 3, 3), (2, 6, 6), 864)
-FC = LayerInfo("fc", "Linear", (5, 48), (48,), 240)
+CONV = LayerInfo("conv", "Conv2d", (3, 2, 3, 3), (2, 6, 6), 864, 3)
+FC = LayerInfo("fc", "Linear", (5, 48), (48,), 240, 5)
 REST_BYTES = 4 * (3 + 5 + 12) + 8
 
 
@@ -107,8 +107,8 @@ def test_the_layers_are_those_of_a_traced_model(tmp_path: Path) -> None:
 def thousand() -> CostModel:
     """1000 weights in two layers of 10 and 20 output channels, and nothing else."""
     layers = (
-        LayerInfo("a", "Linear", (10, 30), (30,), 300),
-        LayerInfo("b", "Linear", (20, 35), (35,), 700),
+        LayerInfo("a", "Linear", (10, 30), (30,), 300, 10),
+        LayerInfo("b", "Linear", (20, 35), (35,), 700, 20),
     )
     return CostModel(nn.Sequential(), layers, ["a", "b"])
 

@@ -255,7 +255,7 @@ def test_a_score_foretells_the_loss_of_quantizing_a_quadratic_bowl() -> None:
     def loss(weight: Tensor, _: Tensor) -> Tensor:
         return 0.5 * (weight - minimum).square().sum(dim=(1, 2)).mean()
 
-    info = LayerInfo("layer", "Linear", (6, 20), (20,), 120)
+    info = LayerInfo("layer", "Linear", (6, 20), (20,), 120, 6)
     batch = (torch.zeros(4, 1), torch.zeros(4))
     found = trace_sensitivity(model, [info], (2, 3), [batch], loss, probes=2).weight.score[0]
     for j, error in enumerate(quantization_errors(minimum, (2, 3))):

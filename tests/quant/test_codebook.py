@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from oracles import few_examples
 from torch import Tensor, nn
 
-from adq.quant import codebook
-from adq.quant.apply import quantize, update_codebooks
+from adq.quant.apply import quantize
 from adq.quant.codebook import (
     INITIALISATIONS,
     Codebook,
@@ -28,6 +27,8 @@ from adq.quant.codebook import (
     new_codebook,
     statistics,
 )
+from adq.quant.flat import update_codebooks
+from adq.quant.kernels.weights_reference import DEAD_COUNT
 
 BITS = range(2, 9)
 
@@ -476,7 +477,7 @@ def test_reseeding_lowers_the_error_and_leaves_no_level_dead() -> None:
     before = squared_error(x, levels).mean()
     for _ in range(300):
         state = ema_step(state, x, 0.9)
-    assert (state.counts >= codebook.DEAD_COUNT).all()
+    assert (state.counts >= DEAD_COUNT).all()
     # from two levels (.36) to near eight levels' optimum; how near hangs on the local minimum
     assert before > 0.3
     assert squared_error(x, state.levels).mean() < 1.2 * MAX_OPTIMAL[3]
@@ -501,12 +502,12 @@ def test_levels_stay_sorted_and_counts_are_conserved(
     total = decay * before.counts.sum().item() + (1 - decay) * len(values)
     lost = total - moved.counts.sum().item()
     # a dead level that takes over half a cell gives up what it had, less than half a weight
-    assert -1e-9 <= lost < codebook.DEAD_COUNT * len(state)
+    assert -1e-9 <= lost < DEAD_COUNT * len(state)
     alive = (
         decay * before.counts
         + (1 - decay) * statistics(torch.tensor(values, dtype=torch.float64), before.levels).counts
     )
-    if (alive >= codebook.DEAD_COUNT).all():
+    if (alive >= DEAD_COUNT).all():
         assert lost == pytest.approx(0, abs=1e-9)
 
 

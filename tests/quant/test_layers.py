@@ -128,7 +128,7 @@ def test_a_parametrized_weight_is_left_out() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_fewer_than_three_layers_are_an_error(count: int) -> None:
     model = nn.Sequential(nn.ReLU(), *(nn.Linear(4, 4) for _ in range(count)))
-    message = f"Sequential runs {count} Conv1d, Conv2d or Linear layers; .* at least 3"
+    message = f"Sequential runs {count} convolutions or Linear layers; .* at least 3"
     with pytest.raises(InputError, match=message):
         trace_layers(model, torch.zeros(1, 4))
 

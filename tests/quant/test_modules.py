@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from adq.quant import codebook
-from adq.quant.modules import MIN_WIDTH, ActivationQuantizer, WeightQuantizer
+from adq.quant.modules import MIN_WIDTH, AdaptiveWeight, N2UQActivation
+from adq.quant.rows import Rows
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adaptive(weight: Tensor, bits: int, *init: codebook.Initialisation) -> AdaptiveWeight:
+    return AdaptiveWeight(weight, Rows(tuple(weight.shape), weight[0].numel()), bits, *init)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -26,58 +31,33 @@ def test_a_weight_quantizer_starts_at_the_channels_scales_and_their_codebook(
     init: codebook.Initialisation,
 ) -> None:
     weight = randn(4, 3, 5)
-    quantizer = WeightQuantizer(weight, 3, init)
+    quantizer = adaptive(weight, 3, init)
     scale = codebook.channel_scale(weight)
-    torch.testing.assert_close(quantizer.scale, scale)
+    torch.testing.assert_close(quantizer.log_scale.exp(), scale.flatten())
     expected = codebook.initial_levels(weight / scale, 3, init)
     assert torch.equal(quantizer.levels, expected)
     assert quantizer.counts.sum() == weight.numel()
-    assert torch.equal(quantizer(weight), codebook.fake_quantize(weight, quantizer.scale, expected))
+    scale = quantizer.log_scale.exp()
+    assert torch.equal(quantizer(weight), codebook.fake_quantize(weight, scale, expected))
 
 
 def test_forward_changes_no_state() -> None:
     weight = nn.Parameter(randn(4, 6))
-    quantizer = WeightQuantizer(weight, 2).train()
+    quantizer = adaptive(weight, 2).train()
     before = snapshot(quantizer)
     for _ in range(3):
         quantizer(2 * weight).sum().backward()
     assert same(before, snapshot(quantizer))
 
 
-def test_update_is_one_moving_average_step_on_the_normalised_weight() -> None:
-    weight = randn(4, 60)
-    quantizer = WeightQuantizer(weight, 3)
-    with torch.no_grad():
-        quantizer.log_scale += 0.5
-    state = codebook.Codebook(quantizer.levels, quantizer.counts, quantizer.sums)
-    moved = weight + 0.3
-    expected = codebook.ema_step(state, moved / quantizer.scale, 0.7)
-    scale_before = quantizer.log_scale.detach().clone()
-    quantizer.update(moved, 0.7)
-    assert torch.equal(quantizer.levels, expected.levels)
-    assert torch.equal(quantizer.counts, expected.counts)
-    assert torch.equal(quantizer.sums, expected.sums)
-    assert torch.equal(quantizer.log_scale, scale_before)
-
-
-def test_updates_follow_weights_that_move() -> None:
-    weight = randn(4, 60)
-    quantizer = WeightQuantizer(weight, 3)
-    moved = 0.3 + weight**3
-    before = (quantizer(moved) - moved).square().mean()
-    for _ in range(50):
-        quantizer.update(moved, 0.8)
-    assert (quantizer(moved) - moved).square().mean() < 0.5 * before
-
-
 def test_the_logarithmic_scale_learns_by_lsqs_gradient_times_the_scale() -> None:
     weight = randn(3, 20)
-    quantizer = WeightQuantizer(weight, 2)
+    quantizer = adaptive(weight, 2)
     upstream = randn(3, 20, seed=1)
     quantizer(weight).backward(upstream)
     levels = quantizer.levels.tolist()
     for c in range(3):
-        s, expected = quantizer.scale[c].item(), 0.0
+        s, expected = quantizer.log_scale[c].exp().item(), 0.0
         for w, g in zip(weight[c].tolist(), upstream[c].tolist(), strict=True):
             level = levels[oracles.nearest_level(w / s, levels)]
             expected += g * (level - w / s) * s
@@ -86,10 +66,10 @@ def test_the_logarithmic_scale_learns_by_lsqs_gradient_times_the_scale() -> None
 
 
 def test_state_and_not_more_is_saved() -> None:
-    quantizer = WeightQuantizer(randn(4, 6), 2)
+    quantizer = adaptive(randn(4, 6), 2)
     assert set(quantizer.state_dict()) == {"log_scale", "levels", "counts", "sums"}
     assert [name for name, _ in quantizer.named_parameters()] == ["log_scale"]
-    act = ActivationQuantizer(2, 0.5, 0)
+    act = N2UQActivation(2, 0.5, 0)
     assert set(act.state_dict()) == {
         "log_input_scale",
         "log_output_scale",
@@ -101,8 +81,8 @@ def test_state_and_not_more_is_saved() -> None:
 
 
 def test_the_bits_show_in_print() -> None:
-    assert repr(WeightQuantizer(randn(4, 6), 3)) == "WeightQuantizer(bits=3)"
-    assert repr(ActivationQuantizer(4, 0.5, 0)) == "ActivationQuantizer(bits=4)"
+    assert repr(adaptive(randn(4, 6), 3)) == "AdaptiveWeight(bits=3)"
+    assert repr(N2UQActivation(4, 0.5, 0)) == "N2UQActivation(bits=4)"
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -111,7 +91,7 @@ def test_an_activation_quantizer_starts_as_the_uniform_affine_grid(bits: int, si
     step, zero_point = 0.25, 2 ** (bits - 1) if signed else 0
     # every sixteenth of a step, ties and both ends included; a power of two keeps it all exact
     x = torch.arange(-(2**bits) * 16, 2**bits * 32) * (step / 16)
-    found = ActivationQuantizer(bits, step, zero_point)(x)
+    found = N2UQActivation(bits, step, zero_point)(x)
     expected = [oracles.affine_grid(v, step, zero_point, bits) for v in x.tolist()]
     assert found.tolist() == expected
 
@@ -121,19 +101,19 @@ def test_a_step_that_is_no_power_of_two_gives_the_grid_away_from_the_thresholds(
     x = 1.5 * randn(500)
     place = x / step - 0.5
     x = x[(place - place.round()).abs() > 1e-3]  # rounding decides what lies on a threshold
-    found = ActivationQuantizer(bits, step, zero_point)(x)
+    found = N2UQActivation(bits, step, zero_point)(x)
     expected = [oracles.affine_grid(v, step, zero_point, bits) for v in x.tolist()]
     assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_zero_stays_zero_at_the_start() -> None:
     for zero_point in range(8):
-        assert ActivationQuantizer(3, 0.137, zero_point)(torch.zeros(1)).item() == 0
+        assert N2UQActivation(3, 0.137, zero_point)(torch.zeros(1)).item() == 0
 
 
-def trained(bits: int = 3) -> ActivationQuantizer:
+def trained(bits: int = 3) -> N2UQActivation:
     """A quantizer whose every parameter has moved away from its start."""
-    quantizer = ActivationQuantizer(bits, 0.3, 2)
+    quantizer = N2UQActivation(bits, 0.3, 2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in quantizer.parameters():
@@ -167,7 +147,7 @@ def test_gradients_reach_every_parameter_through_the_written_out_curve() -> None
 
 
 def test_widths_that_training_drove_below_zero_keep_the_thresholds_in_order() -> None:
-    quantizer = ActivationQuantizer(2, 0.5, 0)
+    quantizer = N2UQActivation(2, 0.5, 0)
     with torch.no_grad():
         quantizer.widths.copy_(torch.tensor([1.0, -3.0, 0.0]))
     # knots at 0, .5, and then twice the least width

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from adq.quant import qat
-from adq.quant.apply import quantize, quantized_layers, weight_quantizer
+from adq.quant.apply import quantize, quantized_layers
 from adq.quant.errors import InputError, NonFiniteLossError
+from adq.quant.flat import FlatWeights
+from adq.quant.modules import weight_quantizer
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.spec import BitVector
 
@@ -61,8 +62,8 @@ def test_one_seed_gives_the_same_weights_bit_for_bit_and_another_does_not(make) 
     for outside, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(outside)  # the caller's random state must not matter
         model = make()
-        losses = train_(model, loader, F.cross_entropy, TrainingConfig(2), seed)
-        runs.append((losses, state(model)))
+        epochs = train_(model, loader, F.cross_entropy, TrainingConfig(2), seed)
+        runs.append((epochs, state(model)))
     assert runs[0][0] == runs[1][0]
     assert same(runs[0][1], runs[1][1])
     assert runs[0][0] != runs[2][0]
@@ -83,7 +84,8 @@ def test_epochs_see_the_data_in_different_orders() -> None:
 
 @pytest.mark.parametrize("make", [network, quantized])
 def test_the_loss_goes_down(make) -> None:
-    losses = train_(make(), batches_of(), F.cross_entropy, TrainingConfig(40, lr=3e-2), 0)
+    epochs = train_(make(), batches_of(), F.cross_entropy, TrainingConfig(40, lr=3e-2), 0)
+    losses = [epoch.loss for epoch in epochs]
     assert len(losses) == 40
     assert all(type(loss) is float for loss in losses)
     # the entropy of the targets is the loss of the best answer that never looks at the inputs
@@ -102,12 +104,12 @@ def test_an_epochs_loss_is_weighted_by_samples() -> None:
         return loss
 
     [found] = train_(network(), batches, spy, TrainingConfig(1), 0)
-    assert found == pytest.approx(np.average(steps, weights=[16, 16, 8]), rel=1e-12)
+    assert found.loss == pytest.approx(np.average(steps, weights=[16, 16, 8]), rel=1e-12)
 
 
 def test_on_epoch_hears_of_each_epoch_and_its_loss() -> None:
     heard: list[tuple[int, float]] = []
-    losses = train_(
+    epochs = train_(
         network(),
         batches_of(),
         F.cross_entropy,
@@ -115,7 +117,7 @@ def test_on_epoch_hears_of_each_epoch_and_its_loss() -> None:
         0,
         lambda epoch, loss: heard.append((epoch, loss)),
     )
-    assert heard == list(enumerate(losses))
+    assert heard == [(i, epoch.loss) for i, epoch in enumerate(epochs)]
 
 
 class Recorder(torch.optim.AdamW):
@@ -131,7 +133,7 @@ class Recorder(torch.optim.AdamW):
 
 def rates_of(monkeypatch: pytest.MonkeyPatch, config: TrainingConfig, batches: Any) -> list[float]:
     Recorder.rates = []
-    monkeypatch.setattr(qat.torch.optim, "AdamW", Recorder)
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     train_(network(), batches, F.cross_entropy, config, 0)
     return Recorder.rates
 
@@ -163,7 +165,7 @@ def test_weight_decay_meets_weights_and_nothing_else(monkeypatch) -> None:
     before = state(model)
     config = TrainingConfig(2, lr=0.1, weight_decay=0.5)
     Recorder.rates = []
-    monkeypatch.setattr(qat.torch.optim, "AdamW", Recorder)
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     train_(model, batches_of(), flat, config, 0)
     shrunk = math.prod(1 - 0.5 * rate for rate in Recorder.rates)
     for name, parameter in model.named_parameters():
@@ -208,23 +210,24 @@ def test_codebooks_follow_every_step_until_they_are_frozen(freeze: float, moving
     assert moved == [True] * moving + [False] * (8 - moving)
 
 
-def test_codebooks_move_after_the_optimiser_and_with_the_configured_decay(monkeypatch) -> None:
+def test_codebooks_move_before_the_optimiser_and_with_the_configured_decay(monkeypatch) -> None:
     calls = []
+    update = FlatWeights.update
 
-    def spy(model: nn.Module, decay: float) -> None:
-        weight = model.get_parameter("0.parametrizations.weight.original").detach().clone()
-        calls.append((weight, decay))
+    def spy(flat: FlatWeights, decay: float) -> Tensor:
+        calls.append((flat.weights[0].detach().clone(), decay))
+        return update(flat, decay)
 
-    monkeypatch.setattr(qat, "update_codebooks", spy)
+    monkeypatch.setattr(FlatWeights, "update", spy)
     model = quantized()
-    start = model.get_parameter("0.parametrizations.weight.original").detach().clone()
+    weight = model.get_parameter("0.parametrizations.weight.original")
+    start = weight.detach().clone()
     config = TrainingConfig(1, codebook_decay=0.7, codebook_freeze=0.0)
     train_(model, batches_of(), F.cross_entropy, config, 0)
     assert [decay for _, decay in calls] == [0.7] * 3
-    assert not torch.equal(calls[0][0], start)
-    assert torch.equal(
-        calls[-1][0], model.get_parameter("0.parametrizations.weight.original").detach()
-    )
+    # the weights of the forward pass, whose statistics are at hand
+    assert torch.equal(calls[0][0], start)
+    assert not torch.equal(calls[-1][0], weight.detach())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

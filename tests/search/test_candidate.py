@@ -20,6 +20,7 @@ from adq.quant.apply import bits_of
 from adq.quant.batches import Batch, Batches
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import load_packed_, read_metadata
+from adq.quant.qat import Epoch
 from adq.quant.spec import BitVector
 from adq.search.candidate import Record, train_candidate
 from adq.search.config import StudyConfig
@@ -64,6 +65,8 @@ records = st.builds(
         Costs, numbers, numbers, numbers, st.integers(), st.integers(), st.none() | numbers
     ),
     train_losses=st.lists(numbers, max_size=3).map(tuple),
+    flips=st.lists(numbers, max_size=3).map(tuple),
+    dead_levels=st.lists(numbers, max_size=3).map(tuple),
     validation=st.none() | evaluations,
     test=st.none() | evaluations,
     seconds=numbers,
@@ -94,7 +97,9 @@ def test_a_candidate_repeats_under_one_seed_and_differs_under_another(
     torch.manual_seed(2)  # what the process drew before does not matter
     assert train(3) == first
     assert first.seed == 3
-    assert first.epochs == len(first.train_losses) == 2
+    assert first.epochs == len(first.train_losses) == len(first.flips) == 2
+    assert 0 < first.flips[0] < 1
+    assert len(first.dead_levels) == 2
     assert train(4).train_losses != first.train_losses
 
 
@@ -158,7 +163,7 @@ def test_a_searched_candidate_is_validated_and_not_tested(
     assert record.validation.samples == 300
     assert record.test is None
     assert record.weights is None
-    assert record.train_losses == ()
+    assert record.train_losses == record.flips == record.dead_levels == ()
     assert record.costs == problem.costs.costs(bits)
     assert record.seconds > 0
 
@@ -210,7 +215,7 @@ def test_the_bits_asked_for_are_the_bits_trained(
 ) -> None:
     seen = []
 
-    def spy(model: Any, *args: Any) -> list[float]:
+    def spy(model: Any, *args: Any, **options: Any) -> list[Epoch]:
         seen.append(bits_of(model))
         return []
 

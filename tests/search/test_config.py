@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from adq.quant.batches import seeded
 from adq.quant.errors import InputError
+from adq.quant.qat import TrainingConfig
+from adq.quant.scheme import Scheme
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml
 
 TEXT = ["task", "model", "weights", "device", "study", "storage", "out"]
@@ -22,11 +24,13 @@ WHOLE_FROM = {
     "final_epochs": 0,
     "fp32_epochs": 0,
     "seed": 0,
+    "group_size": 2,
 }
+WORDS = ["optimizer", "weight_quantizer", "act_quantizer", "codebook_start"]
 NUMBER = ["budget_bits", "budget_size_mb", "budget_gbops", "lr"]
 LISTS = ["bits", "act_bits"]
 OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
-OPTIONAL += ["fp32_epochs", "study", "storage"]
+OPTIONAL += ["fp32_epochs", "study", "storage", "group_size"]
 
 
 def refused(field: str, value: Any) -> str:
@@ -41,7 +45,7 @@ def refused(field: str, value: Any) -> str:
 
 
 def test_every_option_is_in_one_of_the_lists_above() -> None:
-    assert sorted([*TEXT, *WHOLE_FROM, *NUMBER, *LISTS]) == sorted(OPTIONS)
+    assert sorted([*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation"]) == sorted(OPTIONS)
     assert all(f.metadata["help"] for f in OPTIONS.values())
 
 
@@ -75,6 +79,38 @@ def test_a_seed_is_one_that_every_generator_takes() -> None:
     with seeded(StudyConfig(seed=2**32 - 1).seed * 10_007 + 10**6):  # as in the last epochs
         pass
     assert "less than 2^32" in refused("seed", 2**32)
+
+
+@pytest.mark.parametrize("field", WORDS)
+def test_words_of_a_list(field: str) -> None:
+    allowed = OPTIONS[field].metadata["help"].replace(" or ", ", ").split(", ")
+    assert len(allowed) >= 2
+    for word in allowed:
+        assert getattr(StudyConfig(**{field: word}), field) == word
+    with pytest.raises(InputError, match=f"expected .*{allowed[0]}.*, got 'other'"):
+        StudyConfig(**{field: "other"})
+    refused(field, 3)
+
+
+def test_words_become_the_scheme_and_the_training() -> None:
+    config = StudyConfig(
+        weight_quantizer="lsq",
+        act_quantizer="pact",
+        codebook_start="uniform",
+        group_size=16,
+        optimizer="sgd",
+        distillation=0.25,
+        lr=0.1,
+    )
+    assert config.scheme == Scheme("lsq", "pact", "uniform", group_size=16)
+    assert config.training(3) == TrainingConfig(3, 0.1, optimizer="sgd", distillation=0.25)
+
+
+def test_a_share_is_from_0_to_1() -> None:
+    for good in (0, 0.5, 1):
+        assert StudyConfig(distillation=good).distillation == good
+    for bad in (-0.1, 1.1, math.nan, "1", True):
+        assert "a number from 0 to 1" in refused("distillation", bad)
 
 
 @pytest.mark.parametrize("field", NUMBER)

@@ -76,7 +76,8 @@ def refused(problem: Problem, folder: StudyFolder) -> str:
 def test_it_is_the_training_loop_on_the_initial_model(tmp_path: Path) -> None:
     problem = problem_of(fp32_epochs=2, seed=3)
     task, by_hand = problem.task, copy.deepcopy(problem.initial_model)
-    losses = train_(by_hand, task.train, task.loss, TrainingConfig(2, task.fp32_lr), seed=3)
+    log = train_(by_hand, task.train, task.loss, TrainingConfig(2, task.fp32_lr), seed=3)
+    losses = [epoch.loss for epoch in log]
     found = run(problem, folder_in(tmp_path))
     assert same_weights(found.model, by_hand)
     assert list(found.train_losses) == losses

@@ -17,7 +17,7 @@ Sizes = Sequence[tuple[int, int, int]]
 
 def toy_layers(sizes: Sizes) -> tuple[LayerInfo, ...]:
     return tuple(
-        LayerInfo(f"l{i}", "Linear", (out, into), (into,), out * into * positions)
+        LayerInfo(f"l{i}", "Linear", (out, into), (into,), out * into * positions, out)
         for i, (out, into, positions) in enumerate(sizes)
     )
 

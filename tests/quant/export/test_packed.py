@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq.quant import files
-from adq.quant.apply import original_weight, quantize, quantized_layers, weight_quantizer
+from adq.quant.apply import quantize, quantized_layers
 from adq.quant.errors import InputError
 from adq.quant.export import packed
 from adq.quant.export.packed import (
@@ -28,6 +28,7 @@ from adq.quant.export.packed import (
     save_packed,
     weight_bytes,
 )
+from adq.quant.modules import original_weight, weight_quantizer
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.spec import BitVector
 
@@ -145,7 +146,7 @@ def test_the_file_holds_the_tensors_of_its_documentation(trained: nn.Module, fil
         quantizer, weight = weight_quantizer(layer), original_weight(layer).detach()
         levels, scale = stored[f"{name}.weight.codebook"], stored[f"{name}.weight.scale"]
         assert torch.equal(levels, quantizer.levels)
-        assert torch.equal(scale, quantizer.scale.flatten())
+        assert torch.equal(scale, quantizer.log_scale.exp())
         rows = (weight.flatten(1) / scale[:, None]).flatten().tolist()
         stream = bytes(stored[f"{name}.weight.codes"].tolist())
         codes = oracles.unpacked(stream, bits, weight.numel())

@@ -1,4 +1,4 @@
-"""Runs test_n2uq.py with Triton's interpreter, in a process of its own."""
+"""Runs the tests of the Triton kernels with Triton's interpreter, each file in its own process."""
 
 import os
 import subprocess
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 
-def test_the_kernels_are_right_under_the_interpreter() -> None:
+@pytest.mark.parametrize("kernels", ["n2uq", "weights", "codebooks"])
+def test_the_kernels_are_right_under_the_interpreter(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    file = Path(__file__).with_name("test_n2uq.py")
+    file = Path(__file__).with_name(f"test_{kernels}.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
         cwd=Path(__file__).parents[3],

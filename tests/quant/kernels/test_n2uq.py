@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adq.quant.kernels import ops, reference
+from adq.quant.kernels import n2uq_ops as ops
+from adq.quant.kernels import n2uq_reference as reference
 
 n2uq = pytest.importorskip("adq.quant.kernels.n2uq", reason="triton is not installed")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adq.quant.errors import InputError
-from adq.quant.kernels import ops
-from adq.quant.modules import ActivationQuantizer
+from adq.quant.kernels import n2uq_ops as ops
+from adq.quant.modules import N2UQActivation
 
 FORWARD = torch.ops.adq.n2uq_forward.default
 BACKWARD = torch.ops.adq.n2uq_backward.default
@@ -37,7 +37,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Conv2d(3, 6, 3)
-        self.quantizer = ActivationQuantizer(bits, 0.1, 0)
+        self.quantizer = N2UQActivation(bits, 0.1, 0)
         self.second = nn.Conv2d(6, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_another_number_of_widths_is_refused(count: int) -> None:
 def test_a_cpu_needs_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from adq.quant.modules import ActivationQuantizer\n"
-        "ActivationQuantizer(4, 0.1, 7)(torch.randn(5, requires_grad=True)).sum().backward()\n"
+        "import torch; from adq.quant.modules import N2UQActivation\n"
+        "N2UQActivation(4, 0.1, 7)(torch.randn(5, requires_grad=True)).sum().backward()\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

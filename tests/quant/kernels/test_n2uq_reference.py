@@ -11,7 +11,7 @@ from oracles import few_examples
 from torch import Tensor
 
 from adq.quant.errors import InputError
-from adq.quant.kernels import reference
+from adq.quant.kernels import n2uq_reference as reference
 
 # exact in binary, and so are the knots and thresholds made of them
 eighths = st.integers(-80, 80).map(lambda i: i / 8)

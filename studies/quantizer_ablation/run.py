@@ -1,0 +1,175 @@
+"""Which parts of ADQ's quantizer earn their place, and how does it stand beside LSQ, N2UQ and APoT?
+
+    python studies/quantizer_ablation/run.py [--workers 2] [--data FOLDER]
+
+Trains every variant of `VARIANTS` on Fashion-MNIST at 2, 3 and 4 bits, weights alone (W) and with
+activations (WA), and writes results.json (one line a run), summary.json and the tables of
+README.md. A run that is in results.json is not trained again: remove the file to start anew.
+One CPU core a worker; about two hours of one core.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from fashion import FOLDER, Batches, Data, fp32, in_order, load
+from torch.nn import functional as F
+
+from adq.quant.apply import quantize_
+from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
+from adq.quant.evaluate import accuracy, evaluate
+from adq.quant.files import write_json, write_text
+from adq.quant.layers import trace_layers
+from adq.quant.qat import TrainingConfig, train_
+from adq.quant.scheme import Scheme
+from adq.quant.spec import BitVector
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+BITS, MODES = (2, 3, 4), ("W", "WA")
+SEEDS, MORE_SEEDS = 3, 5
+STEPS = 300
+RATES = {"W": 1e-3, "WA": 3e-3}
+OTHER_RATES = {"W": 3e-3, "WA": 1e-3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from ADQ as it is by default; `title` is its line in the tables."""
+
+    title: str
+    scheme: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    modes: tuple[str, ...] = MODES
+
+
+METHODS = {
+    "adq": Variant("ADQ"),
+    "lsq": Variant("LSQ", {"weight": "lsq"}),
+    "n2uq": Variant("N2UQ weights", {"weight": "n2uq"}),
+    "apot": Variant("APoT", {"weight": "apot"}),
+}
+PARTS = {
+    "init-quantile": Variant("quantile start", {"init": "quantile"}),
+    "init-uniform": Variant("uniform start", {"init": "uniform"}),
+    "ema-off": Variant("levels stay where they start", {}, {"codebook_freeze": 1.0}),
+    "decay-0.8": Variant("decay 0.8", {}, {"codebook_decay": 0.8}),
+    "decay-0.99": Variant("decay 0.99", {}, {"codebook_decay": 0.99}),
+    "zero": Variant("an exact zero", {"zero": True}),
+    "quantile-zero-ema-off": Variant(
+        "quantile start, exact zero, levels stay",
+        {"init": "quantile", "zero": True},
+        {"codebook_freeze": 1.0},
+    ),
+    "dead-stay": Variant("dead levels stay dead", {"split_dead": False}),
+    "distil-0": Variant("no distillation", {}, {"distillation": 0.0}),
+    "distil-1": Variant("distillation alone", {}, {"distillation": 1.0}),
+    "act-lsq": Variant("LSQ activations", {"act": "lsq"}, modes=("WA",)),
+    "act-pact": Variant("PACT activations", {"act": "pact"}, modes=("WA",)),
+}
+VARIANTS = {**METHODS, **PARTS}
+
+
+@dataclass(frozen=True)
+class Run:
+    variant: str
+    mode: str
+    bits: int
+    seed: int
+    lr: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.variant} {self.mode}{self.bits} lr {self.lr:g} seed {self.seed}"
+
+
+def runs() -> Iterator[Run]:
+    """All runs, those that compare methods first."""
+    for seed in range(MORE_SEEDS):
+        for name, variant in VARIANTS.items():
+            for mode in variant.modes:
+                for bits in BITS:
+                    if seed < SEEDS or name in METHODS:
+                        yield Run(name, mode, bits, seed, RATES[mode])
+                    if seed < SEEDS and name in METHODS:
+                        yield Run(name, mode, bits, seed, OTHER_RATES[mode])
+
+
+def start(folder: Path) -> None:
+    """A worker's own copy of what all runs share."""
+    global DATA, MODEL, LAYERS, CALIBRATION
+    torch.set_num_threads(1)
+    DATA, MODEL = load(folder), fp32(folder)
+    LAYERS = [layer.name for layer in trace_layers(MODEL, DATA.train[0][:2])]
+    CALIBRATION = list(zip(DATA.train[0][:1024].split(128), DATA.train[1][:1024].split(128)))
+
+
+DATA: Data
+MODEL: torch.nn.Module
+LAYERS: list[str]
+CALIBRATION: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def train(run: Run) -> dict[str, Any]:
+    """One fine-tuning: accuracies in percent before and after BatchNorm's re-estimation."""
+    began, variant = time.monotonic(), VARIANTS[run.variant]
+    pinned = (LAYERS[0], LAYERS[-1])
+    weight = {name: 8 if name in pinned else run.bits for name in LAYERS}
+    act = {name: weight[name] for name in LAYERS[1:]} if run.mode == "WA" else {}
+    scheme = replace(Scheme(), **variant.scheme)
+    ranges = input_ranges(MODEL, {n: (b,) for n, b in act.items()}, CALIBRATION, scheme.act)
+    model = quantize_(copy.deepcopy(MODEL), BitVector(weight, act), ranges, scheme)
+    config = replace(TrainingConfig(1, run.lr), **variant.training)
+    batches = Batches(DATA.train, steps=STEPS)
+    [epoch] = train_(model, batches, F.cross_entropy, config, run.seed, teacher=MODEL)
+    result: dict[str, Any] = {"run": run.key}
+    for when in ("as_trained", "reestimated"):
+        if when == "reestimated":
+            reestimate_batchnorm_(model, CALIBRATION)
+        for split in ("validation", "test"):
+            samples = in_order(getattr(DATA, split))
+            found = evaluate(model, samples, F.cross_entropy, accuracy)
+            result[f"{split}_{when}"] = round(100 * found.metric, 2)
+    result["flips"] = round(statistics.mean(epoch.flips.values()), 6)
+    result["dead"] = round(sum(epoch.dead.values()), 3)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="the folder of the IDX files")
+    arguments = parser.parse_args()
+    fp32(arguments.data)  # trained once, before the workers look for it
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    known = {result["run"] for result in done}
+    missing = [run for run in runs() if run.key not in known]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(arguments.workers, start, (arguments.data,)) as pool:
+        for i, result in enumerate(pool.imap_unordered(train, missing), 1):
+            done.append(result)
+            write_json(RESULTS, done)
+            print(f"{i}/{len(missing)} {result}", flush=True)
+    report({result["run"]: result for result in done}, arguments.data)
+
+
+def report(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    """summary.json, and the tables between the marks in README.md."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
