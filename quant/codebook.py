@@ -45,6 +45,7 @@ def initial_levels(x: Tensor, bits: int, method: Initialisation = "quantile-lloy
     - `quantile-lloyd`: quantile midpoints of the cube root of the values' density, then 20 Lloyd
       steps. (From quantiles of the density itself 20 steps do not reach the optimum: at 4, 6 and
       8 bits of a Gaussian they leave 1.15, 2.6 and 6.6 times the squared error.)
+    - `midpoint`: the K quantile midpoints of all values: every level serves as many.
     - `uniform`: the symmetric grid (k − (K−1)/2)·Δ with the Δ of least squared error.
     """
     ordered = x.detach().flatten().float().sort().values
@@ -52,6 +53,8 @@ def initial_levels(x: Tensor, bits: int, method: Initialisation = "quantile-lloy
         return signed_quantiles(ordered, bits).to(x.dtype)
     if method == "quantile-lloyd":
         return lloyd(ordered, cube_root_quantiles(ordered, bits), LLOYD_STEPS).to(x.dtype)
+    if method == "midpoint":
+        return _quantiles(ordered, 2**bits).to(x.dtype)
     if method == "uniform":
         return best_uniform(ordered, bits).to(x.dtype)
     raise ValueError(f"initialisation: expected one of {INITIALISATIONS}, got {method!r}")

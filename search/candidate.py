@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from adq.quant.calibrate import Ranges, reestimate_batchnorm_
 from adq.quant.errors import NonFiniteLossError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import save_packed
+from adq.quant.layers import LayerInfo
 from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector
 from adq.search.problem import Problem
@@ -27,11 +28,10 @@ SCHEMA = "adq-record/1"
 class Record:
     """What is known of one trained candidate.
 
-    `train_losses`, `flips` (fraction of a layer's weights that change level in a step, mean over
-    layers) and `dead_levels` (those that a codebook step met, sum over layers) have one entry an
-    epoch. `validation` is None when training failed, and `error` says why. `test` is filled for
-    final candidates only, and nothing chooses by it. `weights` names a packed file in the study
-    folder.
+    `train_losses`, `flips` (the fraction of weights that change level in a step) and `dead_levels`
+    (how many a codebook step meets, in all layers) have one entry an epoch. `validation` is None
+    when training failed, and `error` says why. `test` is filled for final candidates only, and
+    nothing chooses by it. `weights` names a packed file in the study folder.
     """
 
     id: str
@@ -118,7 +118,7 @@ def train_candidate(
         epochs=epochs,
         costs=problem.costs.costs(bits),
         train_losses=tuple(epoch.loss for epoch in log),
-        flips=tuple(_mean(epoch.flips) for epoch in log),
+        flips=tuple(_share(epoch.flips, problem.layers) for epoch in log),
         dead_levels=tuple(sum(epoch.dead.values()) for epoch in log),
         validation=validation,
         test=test,
@@ -128,5 +128,7 @@ def train_candidate(
     )
 
 
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
+def _share(flips: Mapping[str, float], layers: Sequence[LayerInfo]) -> float:
+    """The fraction of all weights that flips, from each layer's."""
+    flipped = sum(flips[layer.name] * layer.weight_numel for layer in layers)
+    return flipped / sum(layer.weight_numel for layer in layers)

@@ -7,8 +7,8 @@ Forward: a program takes one part, PART weights, of a layer. The code of x is fo
 levels: two loads a bit from a table that fits the first cache. For the statistics each thread keeps
 n, m and e for each of 16 levels and adds a weight to the one that it belongs to; above 4 bits the
 program walks over its part once more for each 16 levels, and reads w and the codes out of a cache.
-By count of the compiled instructions, at 4 bits on an H100, statistics take about twice as
-long as the memory does, and the pass without them as long; above, 80 more each 16 levels.
+By count of the compiled instructions an H100 takes as long for a pass without statistics at 4 bits
+as its memory does, twice as long with them, and above 4 bits as much again for each 16 levels.
 
 Backward: a program takes one row of more than 256 weights, or several shorter ones, TILE weights at
 a time, and writes ∂L/∂s of its rows itself.

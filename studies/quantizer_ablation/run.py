@@ -13,9 +13,7 @@ import copy
 import json
 import multiprocessing
 import os
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from torch.nn import functional as F
 from adq.quant.apply import quantize_
 from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
 from adq.quant.evaluate import accuracy, evaluate
-from adq.quant.files import write_json, write_text
+from adq.quant.files import write_json
 from adq.quant.layers import trace_layers
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.scheme import Scheme
@@ -40,14 +38,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 BITS, MODES = (2, 3, 4), ("W", "WA")
 SEEDS, MORE_SEEDS = 3, 5
-STEPS = 300
+STEPS = 250
 RATES = {"W": 1e-3, "WA": 3e-3}
 OTHER_RATES = {"W": 3e-3, "WA": 1e-3}
 
 
+PAPER = Scheme("adq", "n2uq", "quantile-lloyd", zero=False, split_dead=True)
+TRAINING = TrainingConfig(
+    1, weight_decay=1e-4, distillation=0.5, codebook_decay=0.95, codebook_freeze=0.25
+)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What differs from ADQ as it is by default; `title` is its line in the tables."""
+    """What differs from `PAPER` and `TRAINING`; `title` is its line in the tables."""
 
     title: str
     scheme: dict[str, Any] = field(default_factory=dict)
@@ -55,24 +59,22 @@ class Variant:
     modes: tuple[str, ...] = MODES
 
 
+STILL = {"codebook_freeze": 1.0}
 METHODS = {
-    "adq": Variant("ADQ"),
+    "adq": Variant("ADQ: Lloyd start, moving average"),
+    "adq-still": Variant("ADQ: Lloyd start, levels stay", {}, STILL),
+    "adq-midpoint-still": Variant("ADQ: midpoint start, levels stay", {"init": "midpoint"}, STILL),
     "lsq": Variant("LSQ", {"weight": "lsq"}),
     "n2uq": Variant("N2UQ weights", {"weight": "n2uq"}),
     "apot": Variant("APoT", {"weight": "apot"}),
 }
 PARTS = {
-    "init-quantile": Variant("quantile start", {"init": "quantile"}),
-    "init-uniform": Variant("uniform start", {"init": "uniform"}),
-    "ema-off": Variant("levels stay where they start", {}, {"codebook_freeze": 1.0}),
+    "init-quantile": Variant("start: quantile (with a zero)", {"init": "quantile"}),
+    "init-midpoint": Variant("start: midpoint", {"init": "midpoint"}),
+    "init-uniform": Variant("start: uniform", {"init": "uniform"}),
     "decay-0.8": Variant("decay 0.8", {}, {"codebook_decay": 0.8}),
     "decay-0.99": Variant("decay 0.99", {}, {"codebook_decay": 0.99}),
     "zero": Variant("an exact zero", {"zero": True}),
-    "quantile-zero-ema-off": Variant(
-        "quantile start, exact zero, levels stay",
-        {"init": "quantile", "zero": True},
-        {"codebook_freeze": 1.0},
-    ),
     "dead-stay": Variant("dead levels stay dead", {"split_dead": False}),
     "distil-0": Variant("no distillation", {}, {"distillation": 0.0}),
     "distil-1": Variant("distillation alone", {}, {"distillation": 1.0}),
@@ -113,7 +115,9 @@ def start(folder: Path) -> None:
     torch.set_num_threads(1)
     DATA, MODEL = load(folder), fp32(folder)
     LAYERS = [layer.name for layer in trace_layers(MODEL, DATA.train[0][:2])]
-    CALIBRATION = list(zip(DATA.train[0][:1024].split(128), DATA.train[1][:1024].split(128)))
+    CALIBRATION = list(
+        zip(DATA.train[0][:1024].split(128), DATA.train[1][:1024].split(128), strict=True)
+    )
 
 
 DATA: Data
@@ -128,10 +132,10 @@ def train(run: Run) -> dict[str, Any]:
     pinned = (LAYERS[0], LAYERS[-1])
     weight = {name: 8 if name in pinned else run.bits for name in LAYERS}
     act = {name: weight[name] for name in LAYERS[1:]} if run.mode == "WA" else {}
-    scheme = replace(Scheme(), **variant.scheme)
+    scheme = replace(PAPER, **variant.scheme)
     ranges = input_ranges(MODEL, {n: (b,) for n, b in act.items()}, CALIBRATION, scheme.act)
     model = quantize_(copy.deepcopy(MODEL), BitVector(weight, act), ranges, scheme)
-    config = replace(TrainingConfig(1, run.lr), **variant.training)
+    config = replace(TRAINING, lr=run.lr, **variant.training)
     batches = Batches(DATA.train, steps=STEPS)
     [epoch] = train_(model, batches, F.cross_entropy, config, run.seed, teacher=MODEL)
     result: dict[str, Any] = {"run": run.key}
@@ -142,7 +146,9 @@ def train(run: Run) -> dict[str, Any]:
             samples = in_order(getattr(DATA, split))
             found = evaluate(model, samples, F.cross_entropy, accuracy)
             result[f"{split}_{when}"] = round(100 * found.metric, 2)
-    result["flips"] = round(statistics.mean(epoch.flips.values()), 6)
+    numel = {name: MODEL.get_parameter(f"{name}.weight").numel() for name in LAYERS}
+    flipped = sum(epoch.flips[name] * numel[name] for name in LAYERS)
+    result["flips"] = round(flipped / sum(numel.values()), 6)
     result["dead"] = round(sum(epoch.dead.values()), 3)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result

@@ -151,6 +151,15 @@ def test_the_quantile_start_agrees_with_numpys_quantiles() -> None:
         np.testing.assert_array_equal(found.numpy(), expected)
 
 
+@few_examples
+@given(value_lists, st.integers(2, 4))
+def test_the_midpoint_start_is_the_quantile_midpoints_of_all_values(
+    values: list[float], bits: int
+) -> None:
+    levels = initial_levels(torch.tensor(values), bits, "midpoint")
+    assert levels.tolist() == oracles.quantile_midpoints(values, 2**bits)
+
+
 def test_the_cube_root_quantiles_are_those_of_a_slow_histogram() -> None:
     for bits, x in ((2, randn(301)), (3, randn(5000, seed=1).exp()), (4, randn(257, seed=2) ** 3)):
         bins = min(1024, max(8, x.numel() // 16))

@@ -216,11 +216,40 @@ def test_a_weight_at_a_threshold_goes_up_and_one_just_below_does_not(bits: int) 
 
 def test_a_scale_of_zero_makes_infinities_and_no_harm_to_its_neighbours() -> None:
     w, scale, levels, *layout = example(ROWS, torch.float32, bad=False)
-    scale[1] = 0.0
-    w[layout[1][0]] = 0.0  # 0/0
-    codes = assert_forward((w, scale, levels, *layout))
+    size = layout[1][0]
+    scale[0] = scale[1] = 0.0
+    w[0] = 0.0  # 0/0
+    w[size : 2 * size].abs_()
+    inputs = (w, scale, levels, *layout)
+    codes, grad = assert_forward(inputs), upstream(w).abs()
+    sums = reference.backward(grad, w, codes, scale, levels, *layout, 0)[1]
+    assert sums[0].isnan()
+    assert sums[1] == -math.inf
     for rule in range(len(RULES)):
-        assert_backward((w, scale, levels, *layout), codes, upstream(w), rule)
+        assert_backward(inputs, codes, grad, rule)
+
+
+def test_a_weight_at_an_outermost_level_is_not_inside() -> None:
+    levels = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+    inputs = (torch.tensor([-1.0, 2.0, 0.25]), torch.ones(3), levels, [3], [1], [2])
+    codes = assert_forward(inputs)
+    for rule in range(len(RULES)):
+        assert_backward(inputs, codes, torch.ones(3), rule)
+
+
+@pytest.mark.parametrize("last", [(5, 9, 2), (5, 40, 3), (1, 200, 2), (1, 600, 5)])
+def test_nothing_is_written_beyond_the_layers(last: Layer) -> None:
+    w, scale, levels, *layout = example([(2, 3, 4), last], torch.float32, bad=False)
+    # as if other layers came after these
+    longer = [torch.cat([t, t.new_ones(1000)]) for t in (w, scale, levels)]
+    out, codes, _ = weights.forward(*on_device(*longer), *layout, True)
+    tensors = on_device(*longer[:1] * 2, codes.cpu().clamp(max=3), *longer[1:])
+    grad_w, grad_scale = weights.backward(*tensors, *layout, 0)
+    assert out[w.numel() :].isnan().all()
+    assert (codes[w.numel() :] == 255).all()
+    for t, of in ((grad_w, w), (grad_scale, scale)):
+        assert t[of.numel() :].isnan().all()
+        assert t[: of.numel()].isfinite().all()
 
 
 @pytest.mark.parametrize("model", [[], [(0, 5, 3)], [(2, 3, 2), (0, 5, 3), (3, 0, 4), (1, 4, 2)]])
