@@ -15,11 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from adq.quant.attention import expose_attention_
 from adq.quant.baselines import activation_quantizer_for, weight_quantizer_for
 from adq.quant.batches import Batches
 from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
 from adq.quant.flat import attach_flat, detach_flat
+from adq.quant.fold import channel_factor
 from adq.quant.layers import QUANTIZABLE
 from adq.quant.modules import weight_quantizer
 from adq.quant.rows import rows_of
@@ -39,8 +41,9 @@ def quantize(
 
     `bits` is a bit vector, a mapping from layer name to weight bits, or the path of a bit-vector
     file. `batches` (inputs, targets) calibrate the input ranges and are needed when `bits` has
-    activation bits. `scheme` says which quantizers. Call `update_codebooks(model)` before each
-    optimiser step while training; `qat.train_` does.
+    activation bits. The projections of an nn.MultiheadAttention are its layers `in_proj` and
+    `out_proj` (see `adq.quant.attention`). `scheme` says which quantizers. Call
+    `update_codebooks(model)` before each optimiser step while training; `qat.train_` does.
 
     Raises InputError for a layer that the model has not, or that cannot be quantized.
     """
@@ -48,6 +51,7 @@ def quantize(
         bits = BitVector.load(bits)
     elif not isinstance(bits, BitVector):
         bits = BitVector(dict(bits))
+    model = expose_attention_(copy.deepcopy(model))
     for name in bits.weight:
         _layer(model, name)
     if bits.act and batches is None:
@@ -56,7 +60,7 @@ def quantize(
     data = () if batches is None else batches
     wanted = {name: (b,) for name, b in bits.act.items()}
     ranges = input_ranges(model, wanted, data, scheme.act)
-    return quantize_(copy.deepcopy(model), bits, ranges, scheme)
+    return quantize_(model, bits, ranges, scheme)
 
 
 def quantize_(
@@ -90,9 +94,16 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module, *, keep_quantized_weights: bool = False) -> nn.Module:
-    """Take every quantizer off; weights are the FP32 ones again, or stay at their levels."""
+    """Take every quantizer off; weights are the FP32 ones again, or stay at their levels.
+
+    Raises InputError for the FP32 weights of a model whose BatchNorms have been folded: they are
+    those of the model before.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    if not keep_quantized_weights and any(channel_factor(layer) is not None for layer in layers):
+        raise InputError("BatchNorms are folded into this model: dequantize it first, then fold")
     detach_flat(model)
-    for _, layer in quantized_layers(model):
+    for layer in layers:
         _own_class(layer)
         parametrize.remove_parametrizations(
             layer, "weight", leave_parametrized=keep_quantized_weights

@@ -116,7 +116,7 @@ def fold_batchnorm_(model: nn.Module) -> dict[str, str]:
         assert isinstance(norm, _NORMS)
         assert isinstance(layer, _LAYERS)
         _fold_(layer, *fold_factors(norm))
-        _replace_(model, norm, nn.Identity().train(norm.training))
+        replace_(model, norm, nn.Identity().train(norm.training))
     return pairs
 
 
@@ -155,7 +155,7 @@ def _out_channels(layer: nn.Module) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
 
 
-def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is registered."""
     for parent in model.modules():
         for name, child in list(parent._modules.items()):

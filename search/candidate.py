@@ -17,6 +17,7 @@ from adq.quant.errors import NonFiniteLossError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import save_packed
 from adq.quant.layers import LayerInfo
+from adq.quant.progressive import train_progressively_
 from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector
 from adq.search.problem import Problem
@@ -88,19 +89,24 @@ def train_candidate(
     task, seed = problem.task, problem.config.seed
     with seeded(seed):  # whatever a data pipeline draws, in evaluation too
         ranges = problem.input_ranges(fp32) if ranges is None else ranges
-        model = quantize_(copy.deepcopy(fp32), bits, ranges, problem.config.scheme)
+        model, config = copy.deepcopy(fp32), problem.config
         log: list[Epoch] = []
         validation = test = error = weights = None
         try:
-            log = train_(
-                model,
-                task.train,
-                task.loss,
-                problem.config.training(epochs),
-                seed,
-                on_epoch,
-                teacher=fp32,
-            )
+            data = (task.train, task.loss, config.training(epochs), seed, on_epoch)
+            if config.start_bits is None:
+                quantize_(model, bits, ranges, config.scheme)
+                log = train_(model, *data, teacher=fp32)
+            else:
+                log = train_progressively_(
+                    model,
+                    bits,
+                    *data,
+                    calibration=problem.calibration,
+                    scheme=config.scheme,
+                    start=config.start_bits,
+                    teacher=fp32,
+                )
             reestimate_batchnorm_(model, problem.calibration)
             validation = evaluate(model, task.validation, task.loss, task.metric)
             if final:

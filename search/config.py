@@ -64,6 +64,9 @@ class StudyConfig:
         None, "whole", "epochs of FP32 training before the search; the task's own if not given", 0
     )
     lr: float = _option(1e-3, "number", "peak learning rate of the fine-tuning", 0)
+    start_bits: tuple[int, ...] | None = _option(
+        None, "weight-bits", "train at these bits first where a layer has fewer, like 4,3"
+    )
     optimizer: str = _option("adamw", "text", "adamw or sgd")
     distillation: float = _option(
         0.5, "share", "share of the FP32 model's class scores in the fine-tuning's loss, 0 to 1"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adq.proxies.costs import CostModel
+from adq.quant.attention import expose_attention_
 from adq.quant.batches import Batch, batch_size, seeded, take_samples, to_device
 from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
@@ -93,6 +94,7 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
                     f"task {config.task!r}: model() must give a torch.nn.Module, gave "
                     f"{type(model).__name__}"
                 )
+            expose_attention_(model)
             return model.to(device), _whole(take_samples(task.train, CALIBRATION_SAMPLES))
 
     model, calibration = task_call(config.task, "building the model and first batches", build)

@@ -9,11 +9,14 @@ Tensors, for each quantized layer L with n weights of b bits in R rows (see `adq
     L.input.scale       float32  (1,)            input = scale · (#{thresholds <= x} − zero_point)
     L.input.zero_point  float32  (1,)
 
-and every other parameter and buffer under its own name. The file's metadata has two entries.
-`adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector) and what the writer adds.
+and every other parameter and buffer under its own name. Where BatchNorms are folded their factors
+are in the scales, which may then be negative, and their shifts in the biases. The file's metadata
+has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector), `folded` (name
+of a BatchNorm -> name of the layer that it is folded into) and what the writer adds.
 `sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths only.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -25,8 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adq.quant.apply import INPUT_QUANTIZER, attach_input_quantizer, bits_of, quantized_layers
+from adq.quant.attention import expose_attention_
 from adq.quant.errors import InputError
 from adq.quant.files import write_tensors
+from adq.quant.fold import channel_factor, fold_batchnorm_, replace_
 from adq.quant.modules import ActivationQuantizer, original_weight, weight_quantizer
 from adq.quant.packing import pack, packed_bytes, unpack
 from adq.quant.rows import Rows, rows_of
@@ -62,6 +67,9 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
         weight = original_weight(layer)
         with torch.no_grad():
             scale = quantizer.scale_of(quantizer.rows.split(weight))
+            factor = channel_factor(layer)
+            if factor is not None:
+                scale = scale * quantizer.rows.split(factor.expand_as(weight))[:, 0]
         tensors[f"{name}.weight.codes"] = pack(quantizer.codes(weight), quantizer.bits)
         tensors[f"{name}.weight.codebook"] = quantizer.levels.float()
         tensors[f"{name}.weight.scale"] = scale.float()
@@ -79,9 +87,22 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-def save_packed(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back."""
-    header = json.dumps({"schema": SCHEMA, "bits": bits_of(model).to_json(), **metadata})
+def save_packed(
+    model: nn.Module, path: Path, metadata: dict[str, Any], *, fold: bool = False
+) -> None:
+    """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back.
+
+    With `fold` the file is that of a copy whose BatchNorms are folded into the layers before them
+    (see `adq.quant.fold`): smaller, and equal in eval mode up to rounding.
+    """
+    folded: dict[str, str] = {}
+    if fold:
+        model = copy.deepcopy(model)
+        folded = fold_batchnorm_(model)
+    elif any(channel_factor(layer) is not None for _, layer in quantized_layers(model)):
+        raise InputError("the model is folded already: give the one before, and fold=True")
+    about = {"schema": SCHEMA, "bits": bits_of(model).to_json(), "folded": folded}
+    header = json.dumps({**about, **metadata})
     tensors = packed_tensors(model)
     write_tensors(path, tensors, {"adq": header, "sha256": _digest(header, tensors)})
 
@@ -127,9 +148,10 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
     """Put a packed file's weights and input quantizers on a freshly built FP32 `model`, eval mode.
 
     Raises InputError when the file is damaged or was written for another architecture; the model
-    is then unchanged.
+    then computes what it did before.
     """
     file = _read(path)
+    expose_attention_(model)
     tensors = dict(file.tensors)
     inputs: dict[str, PackedInput] = {}
     try:
@@ -147,7 +169,8 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
             inputs[name] = PackedInput(
                 *(tensors.pop(f"{name}.input.{k}") for k in ("thresholds", "scale", "zero_point"))
             )
-        expected = {key: value.shape for key, value in model.state_dict().items()}
+        folded = dict(file.metadata.get("folded", {}))
+        expected = _expected_shapes(model, folded)
         if {key: value.shape for key, value in tensors.items()} != expected:
             raise ValueError("its tensors are not those of the model")
     except (AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -155,11 +178,26 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: does not fit {type(model).__name__}; was it written for another model? "
             f"({error})"
         ) from None
+    for norm, name in folded.items():
+        layer, old = model.get_submodule(name), model.get_submodule(norm)
+        layer.bias = nn.Parameter(tensors[f"{name}.bias"].to(layer.get_parameter("weight")))
+        replace_(model, old, nn.Identity())
     model.load_state_dict(tensors)
     for name, quantizer in inputs.items():
         layer = model.get_submodule(name)
         attach_input_quantizer(layer, quantizer.to(next(layer.parameters()).device))
     return model.eval()
+
+
+def _expected_shapes(model: nn.Module, folded: dict[str, str]) -> dict[str, torch.Size]:
+    """The tensors of a model once these BatchNorms are folded into these layers."""
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for norm, layer in folded.items():
+        for key in model.get_submodule(norm).state_dict():
+            del shapes[f"{norm}.{key}"]
+        channels = rows_of(model.get_submodule(layer)).channels
+        shapes[f"{layer}.bias"] = torch.Size([channels])
+    return shapes
 
 
 class PackedInput(nn.Module):

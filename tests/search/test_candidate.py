@@ -226,6 +226,19 @@ def test_the_bits_asked_for_are_the_bits_trained(
         assert seen.pop() == bits
 
 
+def test_a_start_at_more_bits_ends_at_the_bits_asked_for(problem: Problem) -> None:
+    config = replace(problem.config, start_bits=(4, 3))
+    bits = problem.space.bit_vector(problem.space.smallest())
+    made = {}
+    for name, changed in (("direct", problem), ("stages", replace(problem, config=config))):
+        record = train_candidate(changed, problem.initial_model, bits, id="0", epochs=4)
+        assert record.error is None
+        assert record.bits == bits
+        assert len(record.train_losses) == 4
+        made[name] = record.train_losses
+    assert made["direct"] != made["stages"]
+
+
 def failing_loss(at: int, value: float) -> Callable[[Any, Any], torch.Tensor]:
     """The plain loss, but `value` from its call number `at` on."""
     calls = [0]

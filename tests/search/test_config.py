@@ -30,7 +30,7 @@ WORDS = ["optimizer", "weight_quantizer", "act_quantizer", "codebook_start"]
 NUMBER = ["budget_bits", "budget_size_mb", "budget_gbops", "lr"]
 LISTS = ["bits", "act_bits"]
 OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
-OPTIONAL += ["fp32_epochs", "study", "storage", "group_size"]
+OPTIONAL += ["fp32_epochs", "study", "storage", "group_size", "start_bits"]
 
 
 def refused(field: str, value: Any) -> str:
@@ -45,7 +45,9 @@ def refused(field: str, value: Any) -> str:
 
 
 def test_every_option_is_in_one_of_the_lists_above() -> None:
-    assert sorted([*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation"]) == sorted(OPTIONS)
+    assert sorted(
+        [*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation", "start_bits"]
+    ) == sorted(OPTIONS)
     assert all(f.metadata["help"] for f in OPTIONS.values())
 
 

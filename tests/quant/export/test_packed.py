@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.vision_transformer import VisionTransformer
 
 from adq.quant import files
-from adq.quant.apply import quantize, quantized_layers
+from adq.quant.apply import dequantize_, quantize, quantized_layers
+from adq.quant.attention import expose_attention_
 from adq.quant.errors import InputError
 from adq.quant.export import packed
 from adq.quant.export.packed import (
@@ -28,8 +30,11 @@ from adq.quant.export.packed import (
     save_packed,
     weight_bytes,
 )
+from adq.quant.fold import fold_batchnorm_
+from adq.quant.layers import trace_layers
 from adq.quant.modules import original_weight, weight_quantizer
 from adq.quant.qat import TrainingConfig, train_
+from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector
 
 
@@ -418,3 +423,98 @@ def test_metadata_is_json_in_the_files_header(file: Path) -> None:
     [length] = struct.unpack("<Q", file.read_bytes()[:8])
     header = json.loads(file.read_bytes()[8 : 8 + length])
     assert json.loads(header["__metadata__"]["adq"]) == read_metadata(file)
+
+
+class Normed(nn.Module):
+    """A BatchNorm after a plain, a depthwise and a transposed convolution, and one after nothing
+    that is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 4, 2, groups=2)
+        self.norm3 = nn.BatchNorm2d(4)
+        self.plain = nn.Conv2d(4, 4, 1)
+        self.norm4 = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        x = F.relu(self.norm2(self.depthwise(x)))
+        x = F.relu(self.norm4(self.plain(self.norm3(self.up(x)))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def normed() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Normed().eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data.normal_()  # negative factors among them
+                module.bias.data.normal_()
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2.0)
+        return model
+
+
+@pytest.mark.parametrize("group_size", [None, 9])
+def test_a_folded_file_computes_the_same_and_is_smaller(tmp_path: Path, group_size) -> None:
+    model = normed()
+    bits = {"conv": 8, "depthwise": 4, "up": 3, "head": 8}
+    quantized = quantize(model, bits, scheme=Scheme(group_size=group_size))
+    quantized.eval()
+    save_packed(quantized, tmp_path / "plain.safetensors", {})
+    save_packed(quantized, tmp_path / "folded.safetensors", {}, fold=True)
+    assert read_metadata(tmp_path / "folded.safetensors")["folded"] == {
+        "norm": "conv",
+        "norm2": "depthwise",
+        "norm3": "up",
+        "norm4": "plain",
+    }
+    x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = quantized(x)
+    plain = load_packed_(normed(), tmp_path / "plain.safetensors")
+    folded = load_packed_(normed(), tmp_path / "folded.safetensors")
+    assert torch.equal(plain(x), expected)
+    # the products of scale, level and factor are rounded in another order
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    sizes = [
+        sum(t.nbytes for t in load_file(tmp_path / f"{name}.safetensors").values())
+        for name in ("plain", "folded")
+    ]
+    # each BatchNorm has four vectors and a counter; a convolution without a bias gets one
+    assert sizes[0] - sizes[1] == 4 * 4 * (6 + 6 + 4 + 4) + 4 * 8 - 4 * 6
+
+
+def test_a_model_that_is_folded_already_is_refused(tmp_path: Path) -> None:
+    quantized = quantize(normed(), {"conv": 4, "up": 3, "head": 8}).eval()
+    fold_batchnorm_(quantized)
+    with pytest.raises(InputError, match="folded already: give the one before, and fold=True"):
+        save_packed(quantized, tmp_path / "m", {})
+    with pytest.raises(InputError, match="dequantize it first, then fold"):
+        dequantize_(quantized)
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_vision_transformers_attention_survives_the_file(tmp_path: Path) -> None:
+    def vit() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=3)
+            nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
+            return model.eval()
+
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    names = [layer.name for layer in trace_layers(expose_attention_(vit()), x)]
+    attention = "encoder.layers.encoder_layer_1.self_attention"
+    assert {f"{attention}.in_proj", f"{attention}.out_proj"} <= set(names)
+    bits = BitVector(dict.fromkeys(names, 4), dict.fromkeys(names[1:], 8))
+    quantized = quantize(vit(), bits, [(x, None)]).eval()
+    assert not torch.allclose(quantized(x), vit()(x))
+    save_packed(quantized, tmp_path / "vit", {})
+    assert torch.equal(load_packed_(vit(), tmp_path / "vit")(x), quantized(x))
