@@ -5,12 +5,12 @@ BIN    := $(VENV)/bin
 TYPES  := build/types
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types kernels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/adq-search --budget-bits 2.8
 
-test: $(VENV)/.installed-test lint types
+test: $(VENV)/.installed-test lint types kernels
 	$(BIN)/pytest
 
 lint: $(VENV)/.installed-test
@@ -24,6 +24,10 @@ types: $(VENV)/.installed-test
 	ln -s $(CURDIR)/adq/*.py $(TYPES)/adq/
 	ln -s $(CURDIR)/quant $(CURDIR)/proxies $(CURDIR)/search $(TYPES)/adq/
 	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p adq
+
+# compiles every GPU kernel, without a GPU; fails where one spills registers
+kernels: $(VENV)/.installed-test
+	$(BIN)/python -m adq.quant.kernels.aot
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adq.quant.errors import InputError
     from adq.quant.evaluate import accuracy
     from adq.quant.flat import update_codebooks
+    from adq.quant.scheme import Scheme
     from adq.quant.spec import BitVector
     from adq.search.api import resume
     from adq.search.budget import Budget
@@ -30,6 +31,7 @@ _HOME = {
     "InputError": "adq.quant.errors",
     "Observer": "adq.search.observer",
     "Point": "adq.search.front",
+    "Scheme": "adq.quant.scheme",
     "Task": "adq.search.task",
     "accuracy": "adq.quant.evaluate",
     "load": "adq.loading",
@@ -48,6 +50,7 @@ __all__ = [
     "Task",
     "Budget",
     "BitVector",
+    "Scheme",
     "Front",
     "Point",
     "Observer",

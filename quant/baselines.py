@@ -192,9 +192,10 @@ class PACTActivation(_Uniform):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self.output_scale.to(x.dtype)
+        step = self.output_scale
         low = -self.zero_point * step
-        clipped = x.clamp(low, low + (2**self.bits - 1) * step)
+        high = low + (2**self.bits - 1) * step
+        clipped = x.clamp(low.to(x.dtype), high.to(x.dtype))
         with torch.no_grad():
             quantized = super().forward(x)
         # exactly the grid point, as in codebook quantization: the bracket is an exact zero

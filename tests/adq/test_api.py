@@ -13,6 +13,7 @@ from torch import nn
 import adq
 from adq.quant.evaluate import evaluate
 from adq.quant.export.packed import packed_tensors, read_metadata
+from adq.quant.modules import AdaptiveWeight, weight_quantizer
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -32,7 +33,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> adq.Front:
 
 
 def test_every_public_name_is_there_and_none_other() -> None:
-    assert len(adq.__all__) <= 13
+    assert len(adq.__all__) <= 14
     for name in adq.__all__:
         assert getattr(adq, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'serach'"):
@@ -99,20 +100,16 @@ def test_a_found_bit_vector_trains_in_somebody_elses_loop(front: adq.Front) -> N
             loss = nn.functional.cross_entropy(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
             adq.update_codebooks(model)
+            optimizer.step()
             total += loss.item()
         losses.append(total)
     assert losses[-1] < losses[0]
     for name, bits in front.best.weight_bits.items():
-        codes = (
-            model.get_submodule(name).weight
-            / model.get_submodule(  # type: ignore[operator]
-                name
-            )
-            .parametrizations["weight"][0]
-            .scale
-        )  # type: ignore[index, union-attr]
+        layer = model.get_submodule(name)
+        quantizer = weight_quantizer(layer)
+        assert isinstance(quantizer, AdaptiveWeight)
+        codes = layer.weight.flatten(1) / quantizer.log_scale.exp()[:, None]  # type: ignore[operator]
         assert len(codes.detach().mul(1e4).round().unique()) <= 2**bits
     assert {k for k in packed_tensors(model) if k.endswith(".weight.codes")} == {
         f"{name}.weight.codes" for name in front.best.weight_bits

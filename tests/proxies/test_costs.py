@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from adq.proxies.costs import COST_NAMES, CostModel
 from adq.quant.apply import quantize
-from adq.quant.export.packed import save_packed
+from adq.quant.export.packed import packed_tensors, save_packed
 from adq.quant.layers import LayerInfo, trace_layers
+from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector
 
 # The model: conv 2→3, 3x3 on 6x6 gives 4x4: 54 weights, 54·16 = 864 MACs; fc 48→5: 240 weights,
@@ -164,3 +165,50 @@ def test_a_budget_at_the_cost_itself_is_met_and_one_below_is_not(a: int, b: int,
     assert meets(model, bits, "size_bytes", costs.size_bytes + off) == (off >= 0)
     assert meets(model, bits, "bops", costs.bops + off) == (off >= 0)
     assert meets(model, bits, "average_bits", costs.average_bits + off / 294) == (off >= 0)
+
+
+class Groups(nn.Module):
+    """Rows of 27, 9, 16 and 24 weights: few group sizes divide them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.up = nn.ConvTranspose2d(4, 6, 2)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.depthwise(self.first(x))).flatten(1)[:, :24])
+
+
+@pytest.mark.parametrize("group_size", [None, 2, 3, 8, 9, 12, 24, 27, 1000])
+def test_with_groups_the_size_is_that_of_the_packed_files_tensors(
+    tmp_path: Path, group_size: int | None
+) -> None:
+    net, x = Groups(), torch.randn(2, 3, 6, 6)
+    layers = trace_layers(net, x)
+    names = [layer.name for layer in layers]
+    bits = BitVector(dict(zip(names, (8, 3, 2, 5), strict=True)), {"up": 4, "head": 3})
+    model = CostModel(net, layers, names, group_size)
+    packed = quantize(net, bits, [(x, None)], Scheme(group_size=group_size))
+    save_packed(packed, tmp_path / "m", {})
+    assert model.costs(bits).size_bytes == sum(t.nbytes for t in load_file(tmp_path / "m").values())
+    tensors = packed_tensors(packed)
+    for name in names:
+        own = sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}.weight."))
+        own += sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}.input."))
+        terms = model.layer_terms(name, bits.weight[name], bits.act.get(name))
+        assert terms["size_bytes"] == own
+
+
+def test_groups_cost_bytes_and_nothing_else() -> None:
+    bits = BitVector({"conv": 3, "fc": 8}, {"fc": 4})
+    plain = cost_model().costs(bits)
+    grouped = CostModel(Net(), (CONV, FC), ["conv"], group_size=6).costs(bits)
+    # conv: 3 channels of 18 are 9 groups; fc: 5 of 48 are 40
+    assert grouped.size_bytes == plain.size_bytes + 4 * (9 - 3) + 4 * (40 - 5)
+    assert (grouped.bops, grouped.average_bits, grouped.average_bits_searched) == (
+        plain.bops,
+        plain.average_bits,
+        plain.average_bits_searched,
+    )

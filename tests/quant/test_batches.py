@@ -1,5 +1,7 @@
+import io
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +11,14 @@ from torch import nn
 from adq.quant.batches import (
     batch_size,
     device_of,
+    differentiable,
     evaluating,
     first_tensor,
     forward,
     micro_batches,
+    random_state,
     seeded,
+    set_random_state,
     take_samples,
     threads,
     to_device,
@@ -166,3 +171,61 @@ def test_evaluating_gives_every_module_its_own_mode_back() -> None:
     with pytest.raises(KeyError, match="stop"), evaluating(model):
         raise KeyError("stop")
     assert [m.training for m in model.modules()] == modes
+
+
+def stored(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it comes back from a file that runs no code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_a_random_state_that_is_put_back_draws_the_same_again(through_a_file: bool) -> None:
+    with seeded(7):
+        draw()
+        np.random.randn()  # leaves a second Gaussian in numpy's cache
+        random.gauss(0, 1)  # and one in Python's
+        state = random_state()
+        if through_a_file:
+            state = stored(state)
+        first = [*draw(), np.random.randn(), random.gauss(0, 1), torch.randn(()).item()]
+        draw()
+        set_random_state(state)
+        assert [*draw(), np.random.randn(), random.gauss(0, 1), torch.randn(()).item()] == first
+
+
+def test_reading_the_random_state_draws_nothing() -> None:
+    with seeded(7):
+        expected = draw()
+    with seeded(7):
+        random_state()
+        assert draw() == expected
+
+
+def test_a_state_read_is_not_changed_by_later_draws() -> None:
+    with seeded(7):
+        state = random_state()
+        before = stored(state)
+        draw()
+        torch.manual_seed(99)
+        np.random.seed(99)
+        assert torch.equal(state["torch"], before["torch"])
+        assert torch.equal(state["numpy"][1], before["numpy"][1])
+        assert state["python"] == before["python"]
+
+
+def test_frozen_parameters_are_differentiable_for_a_while() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.requires_grad_(False)
+    parameters = [layer.weight, layer.bias]
+
+    @differentiable(parameters)
+    def fail() -> None:
+        assert all(p.requires_grad for p in parameters)
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail()
+    assert [p.requires_grad for p in parameters] == [False, True]

@@ -1,4 +1,6 @@
 import copy
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -7,8 +9,11 @@ import torchvision
 from oracles import conv_macs
 from torch import Tensor, nn
 
+from adq.quant.apply import quantize
 from adq.quant.errors import InputError
+from adq.quant.export.packed import packed_tensors
 from adq.quant.layers import LayerInfo, trace_layers
+from adq.quant.scheme import Scheme
 
 
 def by_name(model: nn.Module, inputs: Any) -> dict[str, LayerInfo]:
@@ -230,3 +235,101 @@ def test_mobilenet_v2_needs_no_code_of_its_own() -> None:
     assert len(layers) == 53
     depthwise = [layer for layer in layers if layer.weight_shape[1] == 1]
     assert len(depthwise) == 17
+
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d
+
+
+def scattered(layer: Transposed, x: Tensor) -> tuple[Tensor, int]:
+    """(output, multiplications) of a transposed convolution of one sample, one product at a time.
+
+    Each value of the input is spread over the output; what falls on the padding is cut off.
+    """
+    kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+    sides = [
+        (n - 1) * s + d * (k - 1) + 1 + o
+        for n, s, d, k, o in zip(
+            x.shape[1:], stride, layer.dilation, kernel, layer.output_padding, strict=True
+        )
+    ]
+    out = torch.zeros(layer.out_channels, *sides, dtype=torch.float64)
+    per_group, products = layer.in_channels // layer.groups, 0
+    outputs = layer.out_channels // layer.groups
+    for i in range(layer.in_channels):
+        for at in itertools.product(*(range(n) for n in x.shape[1:])):
+            for j in range(outputs):
+                for tap in itertools.product(*(range(k) for k in kernel)):
+                    to = [
+                        a * s + d * t
+                        for a, s, d, t in zip(at, stride, layer.dilation, tap, strict=True)
+                    ]
+                    o = (i // per_group) * outputs + j
+                    out[(o, *to)] += x[(i, *at)].item() * layer.weight[(i, j, *tap)].item()
+                    products += 1
+    kept = tuple(slice(p, side - p if p else None) for p, side in zip(padding, sides, strict=True))
+    out = out[(slice(None), *kept)]
+    if layer.bias is not None:
+        out += layer.bias.detach().view(-1, *[1] * len(kernel))
+    return out, products
+
+
+@pytest.mark.parametrize(
+    ("layer", "image"),
+    [
+        (nn.ConvTranspose1d(3, 4, 3), (5,)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, bias=False), (4,)),
+        (nn.ConvTranspose1d(4, 4, 2, stride=3, output_padding=1, groups=4), (5,)),
+        (nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1)), (3, 4)),
+        (nn.ConvTranspose2d(4, 2, 3, padding=1, stride=2, output_padding=1, groups=2), (3, 2)),
+        (nn.ConvTranspose2d(2, 3, 2, dilation=2), (3, 3)),
+    ],
+)
+def test_transposed_convolutions_are_counted_product_by_product(
+    layer: Transposed, image: tuple[int, ...]
+) -> None:
+    x = torch.randn(2, layer.in_channels, *image, generator=torch.Generator().manual_seed(0))
+    expected, macs = scattered(layer, x[0])
+    # the loop is this layer, and so its products are the layer's
+    torch.testing.assert_close(layer(x)[0].detach().double(), expected, atol=1e-6, rtol=1e-5)
+    model = padded(layer)
+    model(x)
+    info = by_name(model, x)["0"]
+    assert info.macs == macs
+    assert info.weight_shape == tuple(layer.weight.shape)
+    assert info.input_shape == (layer.in_channels, *image)
+    assert info.out_channels == layer.out_channels
+    assert info.kind == type(layer).__name__
+
+
+class Mixed(nn.Module):
+    """Rows of 27, 9, 16, 24, 18 and 48 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.up = nn.ConvTranspose2d(4, 6, 2)
+        self.grouped = nn.ConvTranspose2d(6, 4, (2, 4), groups=2)
+        self.line = nn.ConvTranspose1d(4, 4, 9, groups=2)
+        self.wide = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(self.up(self.depthwise(self.first(x))))
+        return self.wide(self.line(x.mean(dim=3)).flatten(1)[:, :48])
+
+
+@pytest.mark.parametrize("group_size", [None, 2, 3, 8, 9, 16, 18, 48, 1000])
+def test_the_number_of_scales_is_that_of_the_packed_tensors(group_size: int | None) -> None:
+    model, x = Mixed(), torch.randn(2, 3, 6, 6)
+    layers = trace_layers(model, x)
+    assert len(layers) == 6
+    packed = packed_tensors(
+        quantize(model, {layer.name: 2 for layer in layers}, scheme=Scheme(group_size=group_size))
+    )
+    for layer in layers:
+        assert layer.scales(group_size) == packed[f"{layer.name}.weight.scale"].numel()
+        size = math.prod(layer.weight_shape) // layer.out_channels
+        divides = group_size is not None and size % group_size == 0
+        assert layer.scales(group_size) == layer.out_channels * (
+            size // group_size if divides else 1
+        )

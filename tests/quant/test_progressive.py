@@ -76,17 +76,8 @@ def test_epochs_are_shared_out(monkeypatch, epochs: int, expected: list[tuple[in
 def test_each_stage_starts_from_the_weights_that_the_one_before_left() -> None:
     data, config, scheme = batches(), TrainingConfig(2, lr=1e-2), Scheme()
     found = network()
-    train_progressively_(
-        found,
-        BITS,
-        data,
-        F.cross_entropy,
-        config,
-        5,
-        calibration=data,
-        start=(4,),
-        teacher=network(),
-    )
+    options = {"calibration": data, "start": (4,), "teacher": network()}
+    train_progressively_(found, BITS, data, F.cross_entropy, config, 5, **options)
     by_hand = network()
     for seed, stage in ((5, stages(BITS, (4,))[0]), (6, BITS)):
         by_hand = quantize(by_hand, stage, data, scheme)
