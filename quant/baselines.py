@@ -50,7 +50,7 @@ def integers(bits: int, like: Tensor) -> Tensor:
     return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), device=like.device).to(like.dtype)
 
 
-def scale_gradient(value: Tensor, factor: float) -> Tensor:
+def scale_gradient(value: Tensor, factor: float | Tensor) -> Tensor:
     """`value`, with its gradient multiplied by `factor`."""
     return (value - value.detach()) * factor + value.detach()
 
@@ -179,8 +179,9 @@ class LSQActivation(_Uniform):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = max(1.0, 2**self.bits - 1 - self.zero_point.item())
-        step = scale_gradient(self.output_scale, (x[0].numel() * largest) ** -0.5)
+        # a tensor all along: a number would stop a GPU's queue and torch.compile's graph here
+        largest = (2**self.bits - 1 - self.zero_point).clamp(min=1)
+        step = scale_gradient(self.output_scale, (x[0].numel() * largest).rsqrt())
         return activation.fake_quantize(x, *self._knots(step), step, self.zero_point)
 
 

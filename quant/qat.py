@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from adq.quant.files import atomic_path
 from adq.quant.flat import flat_of
 from adq.quant.modules import ActivationQuantizer, AdaptiveWeight, WeightQuantizer
 from adq.quant.oscillation import Flips
-from adq.quant.scheme import OPTIMIZERS, Optimizer
+from adq.quant.scheme import OPTIMIZERS, Amp, Optimizer
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> mean loss of the batch, a scalar."""
@@ -64,7 +64,7 @@ class TrainingConfig:
     warmup: float = 0.05
     optimizer: Optimizer = "adamw"
     momentum: float = 0.9
-    amp: Literal["bf16", "fp16"] | None = None
+    amp: Amp | None = None
     distillation: float = 0.5
     temperature: float = 1.0
     codebook_decay: float = 0.95

@@ -11,6 +11,7 @@ ActMethod = Literal["n2uq", "lsq", "pact", "minmax"]
 ACT_METHODS: tuple[ActMethod, ...] = get_args(ActMethod)
 Initialisation = Literal["quantile", "quantile-lloyd", "midpoint", "uniform"]
 INITIALISATIONS: tuple[Initialisation, ...] = get_args(Initialisation)
+Amp = Literal["bf16", "fp16"]
 Optimizer = Literal["adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 

@@ -93,7 +93,8 @@ def train_candidate(
         log: list[Epoch] = []
         validation = test = error = weights = None
         try:
-            data = (task.train, task.loss, config.training(epochs), seed, on_epoch)
+            training = config.training(epochs, problem.device.type)
+            data = (task.train, task.loss, training, seed, on_epoch)
             if config.start_bits is None:
                 quantize_(model, bits, ranges, config.scheme)
                 log = train_(model, *data, teacher=fp32)
@@ -107,7 +108,8 @@ def train_candidate(
                     start=config.start_bits,
                     teacher=fp32,
                 )
-            reestimate_batchnorm_(model, problem.calibration)
+            if config.batchnorm == "reestimate":
+                reestimate_batchnorm_(model, problem.calibration)
             validation = evaluate(model, task.validation, task.loss, task.metric)
             if final:
                 test = evaluate(model, task.test, task.loss, task.metric)

@@ -15,6 +15,7 @@ from adq.quant.scheme import (
     OPTIMIZERS,
     WEIGHT_METHODS,
     ActMethod,
+    Amp,
     Initialisation,
     Optimizer,
     Scheme,
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 IN_PYTHON = "python"
 """What a configuration calls a task that was given as an object."""
+
+AMPS = ("auto", "off", "bf16", "fp16")
+BATCHNORM = ("reestimate", "keep")
 
 Kind = Literal["text", "whole", "number", "share", "weight-bits", "act-bits"]
 
@@ -71,6 +75,18 @@ class StudyConfig:
     distillation: float = _option(
         0.5, "share", "share of the FP32 model's class scores in the fine-tuning's loss, 0 to 1"
     )
+    amp: str = _option("auto", "text", "auto (bf16 on GPUs), off, bf16 or fp16")
+    dampening: float | None = _option(
+        None, "number", "weight of the penalty on the distance between weights and their levels"
+    )
+    freeze_above: float | None = _option(
+        None,
+        "number",
+        "freeze weights that change level back and forth more often a step, 0.01 say",
+    )
+    batchnorm: str = _option(
+        "reestimate", "text", "reestimate or keep its statistics after fine-tuning"
+    )
     weight_quantizer: str = _option("adq", "text", ", ".join(WEIGHT_METHODS))
     act_quantizer: str = _option("n2uq", "text", ", ".join(ACT_METHODS))
     codebook_start: str = _option("quantile-lloyd", "text", ", ".join(INITIALISATIONS))
@@ -93,6 +109,10 @@ class StudyConfig:
             raise InputError(
                 f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {self.optimizer!r}"
             )
+        for name, words in (("amp", AMPS), ("batchnorm", BATCHNORM)):
+            value = getattr(self, name)
+            if value not in words:
+                raise InputError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
         if self.first_last_bits and not MIN_BITS <= self.first_last_bits <= MAX_BITS:
             raise InputError(
                 f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "
@@ -123,15 +143,20 @@ class StudyConfig:
             group_size=self.group_size,
         )
 
-    def training(self, epochs: int) -> "TrainingConfig":
-        """How a candidate is fine-tuned."""
+    def training(self, epochs: int, device: str) -> "TrainingConfig":
+        """How a candidate is fine-tuned on a device of this type."""
         from adq.quant.qat import TrainingConfig
 
+        kinds: dict[str, Amp | None] = {"off": None, "bf16": "bf16", "fp16": "fp16"}
+        kinds["auto"] = "bf16" if device == "cuda" else None
         return TrainingConfig(
             epochs,
             self.lr,
             optimizer=cast(Optimizer, self.optimizer),
+            amp=kinds[self.amp],
             distillation=self.distillation,
+            dampening=self.dampening or 0.0,
+            freeze_above=self.freeze_above,
         )
 
     def to_toml(self) -> str:

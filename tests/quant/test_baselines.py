@@ -404,8 +404,8 @@ def test_awkward_channels_stay_finite(method: Any, kind: str, bits: int) -> None
     assert grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in module.parameters())
     assert (module.scale_of(weight) > 0).all()
-    # no weight is thrown far out of what the layer holds; N2UQ has no level at zero, and where there
-    # is nothing else its least scale shows
+    # no weight is thrown far out of what the layer holds; N2UQ has no level at zero, and where
+    # there is nothing else its least scale shows
     slack = 0.01 if method == "n2uq" else 0.0
     assert (out.abs() <= 4 * weight.abs().max() + slack).all()
 
