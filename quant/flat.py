@@ -33,12 +33,31 @@ class FlatWeights:
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.names, self.layers = list(layers), list(layers.values())
+        self._layers = dict(layers)
         self.tracking = False
-        self.codes: Tensor | None = None
+        self._codes: Tensor | None = None
         self._out: Tensor | None = None
         self._partials: Tensor | None = None
-        self._versions: list[int] = []
+        self._seen: list[tuple[Tensor, int]] = []
+
+    @property
+    def codes(self) -> Tensor:
+        """k(w/s) of all weights as they are, (N,) uint8, layer after layer and row after row."""
+        self._renew()
+        assert self._codes is not None
+        return self._codes
+
+    def _present(self) -> dict[str, nn.Module]:
+        """The layers that are still quantized."""
+        return {n: m for n, m in self._layers.items() if weight_quantizer(m) is not None}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._present())
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self._present().values())
 
     @property
     def quantizers(self) -> list[WeightQuantizer]:
@@ -50,14 +69,17 @@ class FlatWeights:
         """The weights under the quantizers."""
         return [original_weight(layer) for layer in self.layers]
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether there are codebooks to update."""
+        return isinstance(self.quantizers[0], AdaptiveWeight)
+
     def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
         quantizers = self.quantizers
-        if len({(w.dtype, w.device) for w in self.weights}) > 1 or any(
-            q.ready is not None for q in quantizers
-        ):
-            return  # spread over devices, or called again from within itself
+        if len({(w.dtype, w.device) for w in self.weights}) > 1:
+            return  # of several dtypes, or spread over devices
         for quantizer, ready in zip(quantizers, self._quantize(self.tracking), strict=True):
             quantizer.ready = ready
 
@@ -82,9 +104,8 @@ class FlatWeights:
             quantizers[0].rule,
             gather,
         )
-        self.codes, self._out = codes, out.detach()
-        if gather:
-            self._partials, self._versions = partials, self._state()
+        self._codes, self._out = codes, out.detach()
+        self._partials, self._seen = (partials if gather else None), self._state()
         parts = out.split([r.numel() for r in rows])
         return [q.rows.join(part) for q, part in zip(quantizers, parts, strict=True)]
 
@@ -92,6 +113,7 @@ class FlatWeights:
         """Σ (w − stop_grad(ŵ))² over all weights and the last pass, a scalar."""
         pairs = zip(self.quantizers, self.weights, strict=True)
         w = torch.cat([q.rows.split(w).reshape(-1) for q, w in pairs])
+        self._renew()
         assert self._out is not None
         return (w - self._out).square().sum()
 
@@ -103,17 +125,29 @@ class FlatWeights:
     def sizes(self) -> list[int]:
         return [w.numel() for w in self.weights]
 
-    def _state(self) -> list[int]:
-        """Changes whenever a weight, a scale or a level is written to."""
+    def _stale(self) -> bool:
+        """Whether a weight, a scale or a level was written to or replaced since the last pass."""
+        now = self._state()
+        return len(now) != len(self._seen) or any(
+            t is not s or v != w for (t, v), (s, w) in zip(now, self._seen, strict=True)
+        )
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Quantize once more, if the last pass was none of ours (compiled, or over devices)."""
+        if self._stale():
+            self._quantize(gather=False)
+
+    def _state(self) -> list[tuple[Tensor, int]]:
         tensors = [*self.weights]
         for quantizer in self.quantizers:
             tensors += [*quantizer.parameters(), *quantizer.buffers()]
-        return [t._version for t in tensors]
+        return [(t, t._version) for t in tensors]
 
     @torch.no_grad()
     def update(self, decay: float) -> Tensor:
         """One moving-average step of all codebooks; the dead levels that each met, (L,) int32."""
-        if self._partials is None or self._versions != self._state():
+        if self._partials is None or self._stale():
             self._quantize(gather=True)
         books = [q for q in self.quantizers if isinstance(q, AdaptiveWeight)]
         assert self._partials is not None
@@ -147,20 +181,20 @@ def attach_flat(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def detach_flat(model: nn.Module) -> None:
-    if hasattr(model, FLAT):
-        _, handles = getattr(model, FLAT)
-        for handle in handles:
-            handle.remove()
-        delattr(model, FLAT)
-
-
-def flat_of(model: nn.Module) -> FlatWeights | None:
-    """The model's, or that of the model in a wrapper such as DistributedDataParallel."""
     for module in model.modules():
         if hasattr(module, FLAT):
-            found: FlatWeights = getattr(module, FLAT)[0]
-            return found
-    return None
+            _, handles = getattr(module, FLAT)
+            for handle in handles:
+                handle.remove()
+            delattr(module, FLAT)
+
+
+def flats_of(model: nn.Module) -> list[FlatWeights]:
+    """The model's, or that of the model in a wrapper such as DistributedDataParallel; several where
+    parts of it were quantized apart."""
+    # a compiled module shows the attributes of the one inside
+    found = {id(flat): flat for module in model.modules() if (flat := getattr(module, FLAT, None))}
+    return [flat for flat, _ in found.values()]
 
 
 @contextmanager
@@ -180,6 +214,6 @@ def update_codebooks(model: nn.Module, decay: float = 0.95) -> None:
     met the same weights: how often a forward pass reads them must not matter, and ranks with equal
     weights keep equal codebooks without communication. Does nothing to baselines.
     """
-    flat = flat_of(model)
-    if flat is not None and isinstance(flat.quantizers[0], AdaptiveWeight):
-        flat.update(decay)
+    for flat in flats_of(model):
+        if flat.adaptive:
+            flat.update(decay)

@@ -20,6 +20,12 @@ from adq.quant.scheme import Initialisation
 MIN_WIDTH = 1e-2  # of the output step: a threshold segment never vanishes (N2UQ clamps as well)
 
 
+def _recomputed_later() -> bool:
+    """Whether tensors saved here are packed by hooks, as in `torch.utils.checkpoint`: a layer that
+    is run again in the backward pass quantizes its weight alone, and must have done so before."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class WeightQuantizer(nn.Module):
     """A parametrization: weight -> fake-quantized weight ŵ = s·c[k(w/s)].
 
@@ -49,8 +55,9 @@ class WeightQuantizer(nn.Module):
         return quantize_weights(rows.reshape(-1), scale, self.levels, *shape, self.rule)[:2]
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.ready is not None:
-            return self.ready
+        ready = self.ready
+        if ready is not None and not _recomputed_later():
+            return ready
         return self.rows.join(self._quantized(weight)[0])
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adq.quant.baselines import APoTWeight
 from adq.quant.flat import FlatWeights
 
 MOMENTUM = 0.01  # m of the frequency's moving average, as in the paper
@@ -29,8 +30,7 @@ class Flips:
     @torch.no_grad()
     def step(self) -> Tensor:
         """After a forward pass: the fraction of each layer's weights that changed level, (L,)."""
-        codes, state = self.flat.codes, self.state
-        assert codes is not None
+        codes, state = self._codes(), self.state
         if not state:
             state["codes"] = codes.clone()
             if self.threshold is not None:
@@ -48,6 +48,15 @@ class Flips:
             state["frozen"] |= state["frequency"] > self.threshold
         state["codes"] = codes.clone()
         return self.flat.per_layer(change != 0)
+
+    def _codes(self) -> Tensor:
+        """The last pass's; APoT's largest level has two of them, which count as one."""
+        codes = self.flat.codes
+        assert codes is not None
+        if not isinstance(self.flat.quantizers[0], APoTWeight):
+            return codes
+        parts = zip(codes.split(self.flat.sizes), self.flat.quantizers, strict=True)
+        return torch.cat([part.clamp(max=2**q.bits - 2) for part, q in parts])
 
     @torch.no_grad()
     def hold_(self) -> None:

@@ -1,6 +1,8 @@
 """The training loop: FP32 training and quantization-aware fine-tuning alike."""
 
+import io
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,7 @@ from adq.quant.batches import (
 )
 from adq.quant.errors import InputError, NonFiniteLossError
 from adq.quant.files import atomic_path
-from adq.quant.flat import flat_of
+from adq.quant.flat import FlatWeights, flats_of, tracking
 from adq.quant.modules import ActivationQuantizer, AdaptiveWeight, WeightQuantizer
 from adq.quant.oscillation import Flips
 from adq.quant.scheme import OPTIMIZERS, Amp, Optimizer
@@ -49,8 +51,8 @@ class TrainingConfig:
     amp              `bf16` or `fp16` autocast (fp16 with a scaled loss); none if not given
     distillation     λ of the loss (1 − λ)·task + λ·T²·KL(teacher ‖ model), where there is a teacher
     temperature      T of both softmaxes (Hinton et al., arXiv 1503.02531)
-    codebook_decay   γ of the codebooks' moving average
-    codebook_freeze  last fraction of the steps in which codebooks stay still; 1 for always
+    codebook_decay   γ of the codebooks' moving average; levels stay where they start if not given
+    codebook_freeze  last fraction of the steps in which they stay still all the same
     dampening        λ_d at the end of λ_d(t)·Σ(w − ŵ)², raised from 0 by a cosine (Nagel et al.,
                      arXiv 2203.11086, eq. 6); 0 is off
     freeze_above     frequency from which oscillating weights are frozen, see `oscillation`; the
@@ -67,7 +69,7 @@ class TrainingConfig:
     amp: Amp | None = None
     distillation: float = 0.5
     temperature: float = 1.0
-    codebook_decay: float = 0.95
+    codebook_decay: float | None = 0.95
     codebook_freeze: float = 0.25
     dampening: float = 0.0
     freeze_above: float | None = None
@@ -80,8 +82,21 @@ class TrainingConfig:
             )
         if self.amp not in (None, "bf16", "fp16"):
             raise InputError(f"amp: expected bf16, fp16 or none, got {self.amp!r}")
-        if not 0 <= self.distillation <= 1:
-            raise InputError(f"distillation: expected 0 to 1, got {self.distillation}")
+        if self.epochs < 0 or self.checkpoint_every < 0:
+            raise InputError(
+                f"epochs, checkpoint_every: expected 0 or more, got {self.epochs} and "
+                f"{self.checkpoint_every}"
+            )
+        shares = ("distillation", "warmup", "momentum", "codebook_freeze", "codebook_decay")
+        for name in shares:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name}: expected 0 to 1, got {value}")
+        if not (self.lr > 0 and self.temperature > 0 and self.dampening >= 0):
+            raise InputError(
+                "lr and temperature: expected more than 0, dampening: 0 or more, got "
+                f"{self.lr:g}, {self.temperature:g} and {self.dampening:g}"
+            )
 
 
 @dataclass
@@ -165,7 +180,7 @@ class _Run:
         self.device = device_of(model)
         self.optimizer = _optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.flat = flat_of(model)
+        self.flat = _flat(model, config)
         self.flips = None if self.flat is None else Flips(self.flat, config.freeze_above)
         self.epochs: list[Epoch] = []
         self.step = 0  # over all epochs
@@ -205,12 +220,12 @@ class _Run:
 
         Those seen are drawn again and dropped, and the random state is set to what it was then.
         """
-        for index, batch in enumerate(self.batches):
-            if index < self.batch:
-                continue
-            if random is not None and index == self.batch:
-                set_random_state(random)
-                random = None
+        batches = iter(self.batches)
+        for _ in range(self.batch):
+            next(batches, None)
+        if random is not None:
+            set_random_state(random)
+        for batch in batches:
             self.batch += 1
             yield batch
 
@@ -219,14 +234,9 @@ class _Run:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * _schedule(self.step, self.total, config.warmup)
-        adapting = self.flat is not None and self._adapts()
-        if self.flat is not None:
-            self.flat.tracking = adapting
-        try:
+        adapting = self.flat if self._adapts() else None
+        with nullcontext() if adapting is None else tracking(adapting):
             value = self._loss_of(inputs, targets)
-        finally:
-            if self.flat is not None:
-                self.flat.tracking = False
         number = value.item()
         if not math.isfinite(number):
             raise NonFiniteLossError(
@@ -238,9 +248,9 @@ class _Run:
         self.scaler.scale(value).backward()
         if self.flat is not None and self.flips is not None:
             self._add("flips", self.flips.step())
-            if adapting:
-                self._add("dead", self.flat.update(config.codebook_decay))
-                self._add("updates", 1)
+        if adapting is not None and config.codebook_decay is not None:
+            self._add("dead", adapting.update(config.codebook_decay))
+            self._add("updates", 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.flips is not None:
@@ -251,9 +261,9 @@ class _Run:
         self.step += 1
 
     def _adapts(self) -> bool:
-        assert self.flat is not None
-        running = self.step < (1 - self.config.codebook_freeze) * self.total
-        return running and isinstance(self.flat.quantizers[0], AdaptiveWeight)
+        if self.config.codebook_decay is None or self.flat is None or not self.flat.adaptive:
+            return False
+        return self.step < (1 - self.config.codebook_freeze) * self.total
 
     def _loss_of(self, inputs: Any, targets: Any) -> Tensor:
         config = self.config
@@ -290,7 +300,18 @@ class _Run:
         self.batch, self.sums = 0, {}
 
     def _identity(self) -> dict[str, Any]:
-        return {"schema": CHECKPOINT, "config": asdict(self.config), "seed": self.seed}
+        quantizers = {
+            name: type(module).__name__
+            for name, module in self.model.named_modules()
+            if isinstance(module, (WeightQuantizer, ActivationQuantizer))
+        }
+        return {
+            "schema": CHECKPOINT,
+            "config": asdict(self.config),
+            "seed": self.seed,
+            "quantizers": quantizers,
+            "steps": self.total,
+        }
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -308,13 +329,18 @@ class _Run:
             "random": random_state(),
         }
         with atomic_path(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+            buffer = io.BytesIO()  # what the disk refuses torch.save calls a RuntimeError
+            torch.save(state, buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
     def _load(self) -> dict[str, Any] | None:
         """Take up the checkpoint, if there is one; the random state in the middle of an epoch."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return None
         try:
+            with zipfile.ZipFile(self.checkpoint) as archive:  # torch looks at no checksums
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"{broken} does not match its checksum")
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except Exception as error:  # noqa: BLE001 (torch.load fails in many ways on a damaged file)
             text = " ".join(str(error).split())[:200]
@@ -326,9 +352,13 @@ class _Run:
                 f"checkpoint {self.checkpoint} is of another run (other options or seed): restore "
                 "them, or remove the file to start anew"
             )
+        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
         try:
-            self.model.load_state_dict(state["model"])
+            # the optimizer checks before it loads, and what it loads is the run's own
+            if {key: value.shape for key, value in state["model"].items()} != shapes:
+                raise ValueError("its tensors have other names or shapes")
             self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(state["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             text = " ".join(str(error).split())[:200]
             raise InputError(f"checkpoint {self.checkpoint} is of another model ({text})") from None
@@ -344,6 +374,24 @@ class _Run:
         return random if self.batch else None
 
 
+def _flat(model: nn.Module, config: TrainingConfig) -> FlatWeights | None:
+    flats = flats_of(model)
+    if len(flats) > 1:
+        raise InputError(
+            f"{len(flats)} parts of the model are quantized apart: quantize the whole model at once"
+        )
+    if not flats:
+        return None
+    first = flats[0].quantizers[0]
+    moving = isinstance(first, AdaptiveWeight) and config.codebook_decay is not None
+    if config.freeze_above is not None and moving and first.split_dead:
+        raise InputError(
+            "freeze_above holds weights at the number of their level, which changes where a dead "
+            "level is split: leave out codebook_decay, or set split_dead=False"
+        )
+    return flats[0]
+
+
 def _schedule(step: int, total: int, warmup: float) -> float:
     """Linear rise, then half a cosine to zero; in (0, 1]."""
     rise = max(1, round(warmup * total))
@@ -356,7 +404,8 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     groups = _parameter_groups(model, config.weight_decay)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+    m = config.momentum  # torch refuses Nesterov without any
+    return torch.optim.SGD(groups, lr=config.lr, momentum=m, nesterov=m > 0)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -46,5 +46,6 @@ class Scheme:
         for what, value, allowed in choices:
             if value not in allowed:
                 raise InputError(f"{what}: expected one of {', '.join(allowed)}, got {value!r}")
-        if self.group_size is not None and self.group_size < 2:
-            raise InputError(f"group size: expected at least 2 weights, got {self.group_size}")
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 2):
+            raise InputError(f"group size: expected at least 2 weights, got {size!r}")

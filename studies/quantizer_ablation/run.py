@@ -11,6 +11,7 @@ One CPU core a worker; about two hours of one core.
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from fashion import FOLDER, Batches, Data, fp32, in_order, load
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ from torch.nn import functional as F
 from adq.quant.apply import quantize_
 from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
 from adq.quant.evaluate import accuracy, evaluate
-from adq.quant.files import write_json
+from adq.quant.files import write_json, write_text
 from adq.quant.layers import trace_layers
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.scheme import Scheme
@@ -38,7 +40,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 BITS, MODES = (2, 3, 4), ("W", "WA")
 SEEDS, MORE_SEEDS = 3, 5
-STEPS = 250
+STEPS, LONG_STEPS = 250, 1500
+LONGER = ("adq", "adq-still", "lsq", "n2uq", "apot")
 RATES = {"W": 1e-3, "WA": 3e-3}
 OTHER_RATES = {"W": 3e-3, "WA": 1e-3}
 
@@ -91,10 +94,12 @@ class Run:
     bits: int
     seed: int
     lr: float
+    steps: int = STEPS
 
     @property
     def key(self) -> str:
-        return f"{self.variant} {self.mode}{self.bits} lr {self.lr:g} seed {self.seed}"
+        steps = "" if self.steps == STEPS else f" steps {self.steps}"
+        return f"{self.variant} {self.mode}{self.bits} lr {self.lr:g} seed {self.seed}{steps}"
 
 
 def runs() -> Iterator[Run]:
@@ -107,6 +112,9 @@ def runs() -> Iterator[Run]:
                         yield Run(name, mode, bits, seed, RATES[mode])
                     if seed < SEEDS and name in METHODS:
                         yield Run(name, mode, bits, seed, OTHER_RATES[mode])
+    for seed in range(SEEDS):
+        for name in LONGER:
+            yield Run(name, "W", 2, seed, RATES["W"], LONG_STEPS)
 
 
 def start(folder: Path) -> None:
@@ -135,9 +143,10 @@ def train(run: Run) -> dict[str, Any]:
     scheme = replace(PAPER, **variant.scheme)
     ranges = input_ranges(MODEL, {n: (b,) for n, b in act.items()}, CALIBRATION, scheme.act)
     model = quantize_(copy.deepcopy(MODEL), BitVector(weight, act), ranges, scheme)
-    config = replace(TRAINING, lr=run.lr, **variant.training)
+    epochs = run.steps // STEPS
+    config = replace(TRAINING, epochs=epochs, lr=run.lr, **variant.training)
     batches = Batches(DATA.train, steps=STEPS)
-    [epoch] = train_(model, batches, F.cross_entropy, config, run.seed, teacher=MODEL)
+    *_, epoch = train_(model, batches, F.cross_entropy, config, run.seed, teacher=MODEL)
     result: dict[str, Any] = {"run": run.key}
     for when in ("as_trained", "reestimated"):
         if when == "reestimated":
@@ -169,12 +178,129 @@ def main() -> None:
             done.append(result)
             write_json(RESULTS, done)
             print(f"{i}/{len(missing)} {result}", flush=True)
-    report({result["run"]: result for result in done}, arguments.data)
+    report({result["run"]: result for result in done})
 
 
-def report(results: dict[str, dict[str, Any]], folder: Path) -> None:
+Results = dict[str, dict[str, Any]]
+Cell = tuple[str, str, int]  # variant, mode, bits
+DEFAULT = "adq"
+"""The variant that the package's defaults are: the best of ADQ's on validation, see README.md."""
+
+
+def values(results: Results, cell: Cell, lr: float, seeds: int, what: str) -> np.ndarray:
+    """One number a seed."""
+    return np.array([results[Run(*cell, seed, lr).key][what] for seed in range(seeds)])
+
+
+def rate(results: Results, cell: Cell) -> float:
+    """The learning rate that does better on validation, over the seeds that tried both."""
+    mode = cell[1]
+    if cell[0] not in METHODS:
+        return RATES[mode]
+    rates = (RATES[mode], OTHER_RATES[mode])
+    return max(rates, key=lambda lr: values(results, cell, lr, SEEDS, VALIDATION).mean())
+
+
+VALIDATION, TEST = "validation_reestimated", "test_reestimated"
+
+
+def method(results: Results, cell: Cell, what: str = TEST) -> np.ndarray:
+    """A method at its better rate; the seeds that both rates have unless it is the usual one."""
+    lr = rate(results, cell)
+    return values(results, cell, lr, MORE_SEEDS if lr == RATES[cell[1]] else SEEDS, what)
+
+
+def stderr(x: np.ndarray) -> float:
+    return float(x.std(ddof=1) / len(x) ** 0.5)
+
+
+def difference(results: Results, cell: Cell, base: str, what: str = TEST) -> np.ndarray:
+    """`cell` minus `base`, at the same rate, seed by seed."""
+    _, mode, bits = cell
+    one, other = (
+        values(results, (name, mode, bits), RATES[mode], SEEDS, what) for name in (cell[0], base)
+    )
+    return one - other
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def settings() -> list[tuple[str, int]]:
+    return [(mode, bits) for mode in MODES for bits in BITS]
+
+
+def report(results: Results) -> None:
     """summary.json, and the tables between the marks in README.md."""
-    raise NotImplementedError
+    names = [f"{mode} {bits}" for mode, bits in settings()]
+    rows = []
+    for name, variant in METHODS.items():
+        found = [method(results, (name, *setting)) for setting in settings()]
+        rows.append([variant.title, *(f"{x.mean():.2f} ± {stderr(x):.2f}" for x in found)])
+    methods = table(["weights", *names], rows)
+
+    rows = []
+    for name, variant in VARIANTS.items():
+        if name in ("adq", "lsq", "n2uq", "apot"):
+            continue
+        row, on_validation = [variant.title], []
+        for mode, bits in settings():
+            if mode in variant.modes:
+                x = difference(results, (name, mode, bits), "adq")
+                row.append(f"{x.mean():+.2f} ± {stderr(x):.2f}")
+                x = difference(results, (name, mode, bits), "adq", VALIDATION)
+                on_validation.append(x.mean())
+            else:
+                row.append("")
+        rows.append([*row, f"{np.mean(on_validation):+.2f}"])
+    parts = table(["change", *names, "validation, mean"], rows)
+
+    rows = []
+    for name in METHODS:
+        row = [METHODS[name].title]
+        for mode, bits in settings():
+            both = [values(results, (name, mode, bits), RATES[mode], MORE_SEEDS, f"test_{when}")
+                    for when in ("reestimated", "as_trained")]  # fmt: skip
+            x = both[0] - both[1]
+            row.append(f"{x.mean():+.2f} ± {stderr(x):.2f}")
+        rows.append(row)
+    batchnorm = table(["weights", *names], rows)
+
+    rows = []
+    for name in LONGER:
+        row = [METHODS[name].title]
+        for steps in (STEPS, LONG_STEPS):
+            found = [Run(name, "W", 2, seed, RATES["W"], steps) for seed in range(SEEDS)]
+            x = np.array([results[run.key][TEST] for run in found])
+            flips = np.mean([results[run.key]["flips"] for run in found])
+            row += [f"{x.mean():.2f} ± {stderr(x):.2f}", f"{100 * flips:.3f}"]
+        rows.append(row)
+    header = ["weights, 2 bits"]
+    header += [
+        f"{steps} steps{what}" for steps in (STEPS, LONG_STEPS) for what in ("", ", flips %")
+    ]
+    tables = {"methods": methods, "parts": parts, "batchnorm": batchnorm}
+    write_between(HERE / "README.md", {**tables, "longer": table(header, rows)})
+    summary: dict[str, float] = {}
+    for bits in BITS:
+        ours = method(results, (DEFAULT, "W", bits))
+        others = [method(results, (name, "W", bits)) for name in ("lsq", "n2uq", "apot")]
+        best = max(others, key=lambda x: x.mean())
+        summary[f"adq_minus_best_other_w{bits}"] = round(float(ours.mean() - best.mean()), 3)
+        summary[f"adq_stderr_w{bits}"] = round(math.hypot(stderr(ours), stderr(best)), 3)
+    write_json(HERE / "summary.json", summary)
+
+
+def write_between(path: Path, tables: dict[str, str]) -> None:
+    """Replace what lies between <!-- NAME --> and <!-- end --> by the table of that name."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n\n{content}\n\n{end}{after}"
+    write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Flips and freezing against a loop over single weights, on sequences of codes written by hand."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from torch.nn import functional as F
 
 from adq.quant.apply import quantize
 from adq.quant.baselines import power_levels
-from adq.quant.flat import FlatWeights, flat_of
+from adq.quant.flat import FlatWeights, flats_of
 from adq.quant.modules import original_weight, weight_quantizer
 from adq.quant.oscillation import MOMENTUM, Flips
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.scheme import Scheme
+
+
+def flat_of(model: nn.Module) -> FlatWeights | None:
+    return next(iter(flats_of(model)), None)
+
 
 BITS = {"0": 2, "1": 3, "2": 4}
 
@@ -26,7 +32,17 @@ def model(scheme: Scheme = Scheme()) -> nn.Module:  # noqa: B008 (it is frozen)
         return quantize(nn.Sequential(*layers), BITS, scheme=scheme)
 
 
-def scripted(steps: int, flat: FlatWeights) -> list[list[int]]:
+class Script:
+    """What `Flips` needs of a model's weights, with codes that a test sets."""
+
+    def __init__(self) -> None:
+        self.of, self.codes = flat_of(model()), torch.zeros(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+
+def scripted(steps: int, flat: FlatWeights | Script) -> list[list[int]]:
     """Codes of all weights at each step: some rest, some drift, some jump to and fro."""
     generator = torch.Generator().manual_seed(3)
     draw = torch.rand(steps, sum(flat.sizes), generator=generator)
@@ -34,10 +50,7 @@ def scripted(steps: int, flat: FlatWeights) -> list[list[int]]:
     for t in range(steps):
         kinds = [i % 4 for i in range(sum(flat.sizes))]
         rows.append(
-            [
-                (2, t // 8 % 4, 1 + t % 2, int(draw[t, i] * 4))[kind]
-                for i, kind in enumerate(kinds)
-            ]
+            [(2, t // 8 % 4, 1 + t % 2, int(draw[t, i] * 4))[kind] for i, kind in enumerate(kinds)]
         )
     return rows
 
@@ -70,7 +83,7 @@ def test_the_momentum_is_that_of_the_paper() -> None:
 
 @pytest.mark.parametrize("threshold", [None, 0.02])
 def test_flips_are_counted_layer_by_layer(threshold: float | None) -> None:
-    flat = flat_of(model())
+    flat = Script()
     flips, sequence = Flips(flat, threshold), scripted(12, flat)
     before = sequence[0]
     for codes in sequence:
@@ -85,7 +98,7 @@ def test_flips_are_counted_layer_by_layer(threshold: float | None) -> None:
 
 
 def test_codes_at_both_ends_of_a_byte_are_no_wrap_around() -> None:
-    flat = flat_of(model())
+    flat = Script()
     flips = Flips(flat, 0.005)
     for code in (0, 255, 0):
         flat.codes = torch.full((60,), code, dtype=torch.uint8)
@@ -98,7 +111,7 @@ def test_codes_at_both_ends_of_a_byte_are_no_wrap_around() -> None:
 
 @pytest.mark.parametrize("threshold", [0.02, 0.1])
 def test_freezing_is_that_of_algorithm_1(threshold: float) -> None:
-    flat = flat_of(model())
+    flat = Script()
     flips, sequence = Flips(flat, threshold), scripted(60, flat)
     slow = [Slow(code, threshold) for code in sequence[0]]
     ever = set()
@@ -119,7 +132,7 @@ def test_freezing_is_that_of_algorithm_1(threshold: float) -> None:
 
 
 def test_what_moves_in_one_direction_never_freezes() -> None:
-    flat = flat_of(model())
+    flat = Script()
     flips = Flips(flat, 0.0)
     for code in (0, 1, 2, 3, 5, 9, 15):
         flat.codes = torch.full((60,), code, dtype=torch.uint8)
@@ -180,20 +193,12 @@ def test_frozen_weights_keep_their_level_while_training_goes_on(monkeypatch) -> 
 
     monkeypatch.setattr(Flips, "step", spy)
     # one oscillation is enough; the rate makes nearly every weight oscillate
-    config = TrainingConfig(40, lr=0.2, freeze_above=0.005, codebook_freeze=0.5)
+    config = TrainingConfig(40, lr=0.2, freeze_above=0.005, codebook_decay=None)
     epochs = train_(net, batches, F.cross_entropy, config, 0)
-    some = 0
-    for (before, was_frozen), (after, frozen) in zip(history, history[1:], strict=False):
-        assert (frozen >= was_frozen).all()  # for good
-        # a weight is put to its average level after the step that froze it
-        some += int(was_frozen.sum())
+    for (_, earlier), (_, later) in itertools.pairwise(history):
+        assert (later >= earlier).all()  # for good
     assert 0 < history[-1][1].sum() < 60
-    assert some > 100
-    for (before, early), (after, _) in zip(history[1:], history[2:], strict=False):
-        earlier = early & history[max(0, len(history) - 40)][1] if False else early
-        settled = earlier & (before == before)
-        # the step after that, and every later one, finds it at one level
-        assert settled.sum() == early.sum()
+    # a weight is put to its level after the step that froze it, and the next one finds it there
     first_frozen: dict[int, int] = {}
     for t, (_, frozen) in enumerate(history):
         for place in frozen.nonzero().flatten().tolist():
@@ -204,32 +209,7 @@ def test_frozen_weights_keep_their_level_while_training_goes_on(monkeypatch) -> 
     assert sum(epochs[-1].flips.values()) < sum(epochs[3].flips.values())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the average goes on in the codes of levels that a split has moved"
-)
-def test_a_frozen_weight_keeps_its_place_when_a_level_below_it_is_born() -> None:
-    net = model()
-    flat = flat_of(net)
-    flips = Flips(flat, 0.5)
-    net(torch.zeros(1, 4))
-    flips.step()
-    flips.state["frozen"][:] = True
-    flips.hold_()
-    held = [w.detach().clone() for w in flat.weights]
-    # the topmost level dies and takes over one half of the lowest cell: all codes between rise
-    for layer in flat.layers:
-        quantizer = weight_quantizer(layer)
-        levels = quantizer.levels.clone()
-        quantizer.levels[1:] = levels[:-1]
-        quantizer.levels[0] = levels[0] - 0.01
-    flips.hold_()
-    spread = [w.std().item() for w in held]
-    for before, after, size in zip(held, flat.weights, spread, strict=True):
-        assert (after - before).abs().max() < 0.2 * size
-
-
 @pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.xfail(strict=True, reason="the two codes of APoT's topmost level count as two levels")
 def test_a_weight_that_crosses_the_clipping_value_of_apot_does_not_flip(bits: int) -> None:
     net = quantize(nn.Sequential(nn.Linear(2, 1, bias=False)), {"0": bits}, scheme=Scheme("apot"))
     flat = flat_of(net)
@@ -257,7 +237,7 @@ def test_without_a_threshold_nothing_is_held() -> None:
 
 
 def test_its_state_goes_on_in_another_object_through_a_file(tmp_path: Path) -> None:
-    flat = flat_of(model())
+    flat = Script()
     sequence = scripted(40, flat)
     one = Flips(flat, 0.02)
     for codes in sequence[:25]:

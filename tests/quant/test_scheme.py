@@ -45,7 +45,6 @@ def test_each_bad_word_is_one_clear_line(options: dict[str, Any], message: str) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="a group size that is no whole number is not refused yet")
 @pytest.mark.parametrize("group_size", ["64", 2.5, 64.0])
 def test_a_group_size_is_a_whole_number(group_size: Any) -> None:
     with pytest.raises(InputError, match="group size: expected"):
