@@ -23,6 +23,10 @@ from adq.quant.modules import (
 
 FLAT = "_adq_flat"
 
+WEIGHTS_PER_LEVEL = 16
+"""A codebook with fewer weights to a level stays still. A level that serves one weight or two is no
+mean of anything: following them with a lag, it only makes them late."""
+
 
 class FlatWeights:
     """The quantized layers of a model, and what their last common pass found.
@@ -91,16 +95,11 @@ class FlatWeights:
         """Every layer's ŵ, in the shape of its weight."""
         quantizers = self.quantizers
         rows = [q.rows.split(w) for q, w in zip(quantizers, self.weights, strict=True)]
-        shape = (
-            [q.rows.count for q in quantizers],
-            [q.rows.size for q in quantizers],
-            [q.bits for q in quantizers],
-        )
         out, codes, partials = quantize_weights(
             torch.cat([r.reshape(-1) for r in rows]),
             torch.cat([q.scale_of(r) for q, r in zip(quantizers, rows, strict=True)]),
             torch.cat([q.levels for q in quantizers]),
-            *shape,
+            *self._shape(),
             quantizers[0].rule,
             gather,
         )
@@ -108,6 +107,11 @@ class FlatWeights:
         self._partials, self._seen = (partials if gather else None), self._state()
         parts = out.split([r.numel() for r in rows])
         return [q.rows.join(part) for q, part in zip(quantizers, parts, strict=True)]
+
+    def _shape(self) -> tuple[list[int], list[int], list[int]]:
+        """The operators' `rows`, `sizes` and `bits`."""
+        found = self.quantizers
+        return [q.rows.count for q in found], [q.rows.size for q in found], [q.bits for q in found]
 
     def distance(self) -> Tensor:
         """Σ (w − stop_grad(ŵ))² over all weights and the last pass, a scalar."""
@@ -145,27 +149,42 @@ class FlatWeights:
         return [(t, t._version) for t in tensors]
 
     @torch.no_grad()
-    def update(self, decay: float) -> Tensor:
-        """One moving-average step of all codebooks; the dead levels that each met, (L,) int32."""
+    def update(self, decay: float, weights_per_level: float = WEIGHTS_PER_LEVEL) -> Tensor:
+        """One moving-average step of the codebooks of all layers that have so many weights.
+
+        Returns the dead levels that each layer met, (L,) int32.
+        """
         if self._partials is None or self._stale():
             self._quantize(gather=True)
-        books = [q for q in self.quantizers if isinstance(q, AdaptiveWeight)]
         assert self._partials is not None
-        levels, counts, sums, dead = codebook_step(
-            self._partials,
+        partials, self._partials = self._partials, None
+        sizes, quantizers = self.sizes, self.quantizers
+        dead = torch.zeros(len(sizes), dtype=torch.int32, device=partials.device)
+        chosen, books = [], []
+        for i, quantizer in enumerate(quantizers):
+            enough = sizes[i] >= weights_per_level * 2**quantizer.bits
+            if enough and isinstance(quantizer, AdaptiveWeight):
+                chosen.append(i)
+                books.append(quantizer)
+        if not books:
+            return dead
+        if len(books) < len(quantizers):
+            where = reference.layers(*self._shape())
+            partials = torch.cat([partials[:, where[i].partials] for i in chosen], dim=1)
+        levels, counts, sums, dead[chosen] = codebook_step(
+            partials,
             torch.cat([q.levels for q in books]),
             torch.cat([q.counts for q in books]),
             torch.cat([q.sums for q in books]),
             [q.bits for q in books],
-            [reference.parts(n) for n in self.sizes],
+            [reference.parts(sizes[i]) for i in chosen],
             decay,
             split=books[0].split_dead,
             zero=books[0].zero,
         )
-        sizes = [2**q.bits for q in books]
+        widths = [2**q.bits for q in books]
         for name, new in (("levels", levels), ("counts", counts), ("sums", sums)):
-            torch._foreach_copy_([getattr(q, name) for q in books], new.split(sizes))
-        self._partials = None
+            torch._foreach_copy_([getattr(q, name) for q in books], new.split(widths))
         return dead
 
 
@@ -207,8 +226,12 @@ def tracking(flat: FlatWeights) -> Iterator[None]:
         flat.tracking = False
 
 
-def update_codebooks(model: nn.Module, decay: float = 0.95) -> None:
-    """One moving-average step, with decay γ, of every codebook towards its layer's weights.
+def update_codebooks(
+    model: nn.Module, decay: float = 0.99, weights_per_level: float = WEIGHTS_PER_LEVEL
+) -> None:
+    """One moving-average step, with decay γ, of each codebook towards its layer's weights.
+
+    Layers with fewer than `weights_per_level` weights to a level keep their codebooks as they are.
 
     An explicit call, once for each optimiser step and before it, when the forward pass has just
     met the same weights: how often a forward pass reads them must not matter, and ranks with equal
@@ -216,4 +239,4 @@ def update_codebooks(model: nn.Module, decay: float = 0.95) -> None:
     """
     for flat in flats_of(model):
         if flat.adaptive:
-            flat.update(decay)
+            flat.update(decay, weights_per_level)

@@ -27,7 +27,7 @@ from adq.quant.batches import (
 )
 from adq.quant.errors import InputError, NonFiniteLossError
 from adq.quant.files import atomic_path
-from adq.quant.flat import FlatWeights, flats_of, tracking
+from adq.quant.flat import WEIGHTS_PER_LEVEL, FlatWeights, flats_of, tracking
 from adq.quant.modules import ActivationQuantizer, AdaptiveWeight, WeightQuantizer
 from adq.quant.oscillation import Flips
 from adq.quant.scheme import OPTIMIZERS, Amp, Optimizer
@@ -52,6 +52,7 @@ class TrainingConfig:
     distillation     λ of the loss (1 − λ)·task + λ·T²·KL(teacher ‖ model), where there is a teacher
     temperature      T of both softmaxes (Hinton et al., arXiv 1503.02531)
     codebook_decay   γ of the codebooks' moving average; levels stay where they start if not given
+    weights_per_level  a codebook with fewer weights to a level stays still, see `flat`
     codebook_freeze  last fraction of the steps in which they stay still all the same
     dampening        λ_d at the end of λ_d(t)·Σ(w − ŵ)², raised from 0 by a cosine (Nagel et al.,
                      arXiv 2203.11086, eq. 6); 0 is off
@@ -69,7 +70,8 @@ class TrainingConfig:
     amp: Amp | None = None
     distillation: float = 0.5
     temperature: float = 1.0
-    codebook_decay: float | None = 0.95
+    codebook_decay: float | None = 0.99
+    weights_per_level: float = WEIGHTS_PER_LEVEL
     codebook_freeze: float = 0.25
     dampening: float = 0.0
     freeze_above: float | None = None
@@ -249,7 +251,7 @@ class _Run:
         if self.flat is not None and self.flips is not None:
             self._add("flips", self.flips.step())
         if adapting is not None and config.codebook_decay is not None:
-            self._add("dead", adapting.update(config.codebook_decay))
+            self._add("dead", adapting.update(config.codebook_decay, config.weights_per_level))
             self._add("updates", 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()

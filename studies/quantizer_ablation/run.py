@@ -48,7 +48,7 @@ OTHER_RATES = {"W": 3e-3, "WA": 1e-3}
 
 PAPER = Scheme("adq", "n2uq", "quantile-lloyd", zero=False, split_dead=True)
 TRAINING = TrainingConfig(
-    1, weight_decay=1e-4, distillation=0.5, codebook_decay=0.95, codebook_freeze=0.25
+    1, weight_decay=1e-4, distillation=0.5, codebook_decay=0.99, codebook_freeze=0.25
 )
 
 
@@ -62,7 +62,7 @@ class Variant:
     modes: tuple[str, ...] = MODES
 
 
-STILL = {"codebook_freeze": 1.0}
+STILL = {"codebook_decay": None}
 METHODS = {
     "adq": Variant("ADQ: Lloyd start, moving average"),
     "adq-still": Variant("ADQ: Lloyd start, levels stay", {}, STILL),
@@ -75,8 +75,8 @@ PARTS = {
     "init-quantile": Variant("start: quantile (with a zero)", {"init": "quantile"}),
     "init-midpoint": Variant("start: midpoint", {"init": "midpoint"}),
     "init-uniform": Variant("start: uniform", {"init": "uniform"}),
-    "decay-0.8": Variant("decay 0.8", {}, {"codebook_decay": 0.8}),
-    "decay-0.99": Variant("decay 0.99", {}, {"codebook_decay": 0.99}),
+    "decay-0.9": Variant("decay 0.9", {}, {"codebook_decay": 0.9}),
+    "decay-0.999": Variant("decay 0.999", {}, {"codebook_decay": 0.999}),
     "zero": Variant("an exact zero", {"zero": True}),
     "dead-stay": Variant("dead levels stay dead", {"split_dead": False}),
     "distil-0": Variant("no distillation", {}, {"distillation": 0.0}),

@@ -73,7 +73,7 @@ def test_quantize_leaves_the_original_untouched(net, batches) -> None:
     before, x = snapshot(net), batches[0][0]
     expected = net(x)
     quantized = quantize(net, BITS, batches)
-    update_codebooks(quantized, 0.5)
+    update_codebooks(quantized, 0.5, 0)
     with torch.no_grad():
         for parameter in quantized.parameters():
             parameter += 1
@@ -187,15 +187,15 @@ def test_a_state_dict_carries_everything_into_a_fresh_quantized_model(net, batch
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    update_codebooks(trained, 0.5)
+    update_codebooks(trained, 0.5, 0)
     torch.manual_seed(3)
     fresh = quantize(Net().eval(), BITS, [(0.5 * x, y) for x, y in batches])
     x = batches[0][0]
     assert not torch.equal(fresh(x), trained(x))
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh(x), trained(x))
-    update_codebooks(fresh, 0.5)
-    update_codebooks(trained, 0.5)
+    update_codebooks(fresh, 0.5, 0)
+    update_codebooks(trained, 0.5, 0)
     assert same(snapshot(fresh), snapshot(trained))
 
 
@@ -273,7 +273,7 @@ def test_update_codebooks_moves_every_codebook_and_nothing_else(net, batches) ->
         expected[name] = codebook.ema_step(
             state, original_weight(layer).flatten(1) / q.log_scale.exp()[:, None], 0.9
         )
-    update_codebooks(quantized, 0.9)
+    update_codebooks(quantized, 0.9, 0)
     after = snapshot(quantized)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.rpartition(".")[2] for key in changed} == {"levels", "counts", "sums"}
@@ -385,6 +385,6 @@ def test_zero_channels_stay_finite_through_quantization_and_backward() -> None:
     x = torch.randn(4, 3, 4, 4)
     quantized = quantize(model, BitVector({"0": 2, "2": 3}, {"0": 4, "2": 4}), [(x, None)])
     quantized(x).square().sum().backward()
-    update_codebooks(quantized)
+    update_codebooks(quantized, 0.99, 0)
     assert torch.isfinite(quantized(x)).all()
     assert all(torch.isfinite(p.grad).all() for p in quantized.parameters())

@@ -125,7 +125,7 @@ def test_a_nearly_zero_channel_stays_small_while_its_layer_trains() -> None:
         optimizer.zero_grad()
         quantized(x).square().mean().backward()
         optimizer.step()
-        update_codebooks(quantized)
+        update_codebooks(quantized, 0.99, 0)
     levels = quantized[0].parametrizations["weight"][0].levels  # type: ignore[index, union-attr]
     assert levels.abs().max() < 10  # in units of a channel's own root mean square
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,9 @@ def test_a_codebook_step_after_a_tracked_pass_reads_no_weight_again() -> None:
     with Calls() as calls:
         with tracking(flat):
             model(image()).sum().backward()
-        flat.update(0.9)
+        flat.update(0.9, 0)
         assert calls.of(FORWARD, BACKWARD, STEP) == [1, 1, 1]
-        flat.update(0.9)  # the levels are others now
+        flat.update(0.9, 0)  # the levels are others now
         assert calls.of(FORWARD, BACKWARD, STEP) == [2, 1, 2]
     assert not flat.tracking
 
@@ -257,7 +258,7 @@ def test_a_deep_copy_is_independent() -> None:
     before, x = state(model), image()
     expected = model(x)
     moved(twin)
-    update_codebooks(twin, 0.5)
+    update_codebooks(twin, 0.5, 0)
     with Calls() as calls:
         changed = twin(x)
         assert calls.of(FORWARD) == [1]
@@ -397,7 +398,7 @@ def test_a_compiled_model_gives_the_same_numbers(weight: Any, act: Any) -> None:
     assert nothing_ready(model)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(of_compiled[name], grad)
-    update_codebooks(compiled, 0.5)
+    update_codebooks(compiled, 0.5, 0)
     assert torch.equal(compiled(image()), model(image()))
     torch.compiler.reset()
 
@@ -470,7 +471,7 @@ def test_a_distributed_module_gives_the_same_numbers_and_its_codebooks_can_be_up
     parallel = nn.parallel.DistributedDataParallel(model)
     for m in (parallel, twin):
         m(image()).square().sum().backward()
-        update_codebooks(m, 0.7)
+        update_codebooks(m, 0.7, 0)
     assert same(state(model), state(twin))
     assert same(gradients(model), gradients(twin))
 
@@ -503,7 +504,7 @@ def test_an_update_is_each_layers_own_moving_average_step(
         flat.tracking = tracked
         model(image())
         expected = expected_books(model, 0.8, scheme)
-        update_codebooks(model, 0.8)
+        update_codebooks(model, 0.8, 0)
         for name, layer in quantized_layers(model):
             q = weight_quantizer(layer)
             for part in ("levels", "counts", "sums"):
@@ -518,7 +519,7 @@ def test_an_update_counts_the_dead_levels_of_each_layer() -> None:
         q.levels[-dead:] += 1000  # nobody is near
         q.counts[-dead:] = 0
         q.sums[-dead:] = 0
-    assert flat_of(model).update(0.5).tolist() == [1, 3]
+    assert flat_of(model).update(0.5, 0).tolist() == [1, 3]
 
 
 CHANGES = {
@@ -537,7 +538,7 @@ def test_statistics_of_a_pass_are_not_used_once_something_has_changed(change: st
     with torch.no_grad():
         CHANGES[change](model.up)
     expected = expected_books(model, 0.8, Scheme())
-    update_codebooks(model, 0.8)
+    update_codebooks(model, 0.8, 0)
     for name, layer in quantized_layers(model):
         assert torch.equal(weight_quantizer(layer).levels, expected[name].levels), name
 
@@ -558,7 +559,7 @@ def test_statistics_of_a_pass_are_not_used_once_a_state_is_loaded(assign: bool) 
         model(image())
     model.load_state_dict(other, assign=assign)
     expected = expected_books(model, 0.8, Scheme())
-    update_codebooks(model, 0.8)
+    update_codebooks(model, 0.8, 0)
     for name, layer in quantized_layers(model):
         assert torch.equal(weight_quantizer(layer).levels, expected[name].levels), name
 
@@ -566,8 +567,8 @@ def test_statistics_of_a_pass_are_not_used_once_a_state_is_loaded(assign: bool) 
 def test_an_update_does_nothing_to_fp32_models() -> None:
     model = net()
     before = state(model)
-    update_codebooks(model, 0.5)
-    update_codebooks(quantize(model, {}), 0.5)
+    update_codebooks(model, 0.5, 0)
+    update_codebooks(quantize(model, {}), 0.5, 0)
     assert same(state(model), before)
 
 
@@ -575,7 +576,7 @@ def test_an_update_does_nothing_to_fp32_models() -> None:
 def test_an_update_does_nothing_to_baselines(method: Any) -> None:
     model = moved(quantize(net(), BITS, scheme=Scheme(method)))
     before = state(model)
-    update_codebooks(model, 0.5)
+    update_codebooks(model, 0.5, 0)
     assert same(state(model), before)
 
 
@@ -593,3 +594,23 @@ def test_quantizing_a_quantized_model_is_refused(names: tuple[str, str]) -> None
         with pytest.raises(InputError, match=r"quantized .*already: give the plain FP32 model"):
             quantize(model, {again: 3})
     assert torch.equal(model(image()), alone(model)(image()))
+
+
+def test_codebooks_with_few_weights_to_a_level_stay_still() -> None:
+    # 60 weights for 4 levels, 64 for 4, and 64 for 8
+    layers = {"0": nn.Linear(10, 6), "1": nn.Linear(16, 4), "2": nn.Linear(8, 8)}
+    model = quantize(nn.Sequential(OrderedDict(layers)), {"0": 2, "1": 2, "2": 3})
+    with torch.no_grad():
+        for weight in flat_of(model).weights:
+            weight.copy_(weight.abs() + 1)
+    twin = copy.deepcopy(model)
+    before = [q.codebook for q in flat_of(copy.deepcopy(model)).quantizers]
+    update_codebooks(model, 0.5)
+    update_codebooks(twin, 0.5, 0)
+    for name, moves in (("levels", [False, True, False]), ("counts", [False, True, False])):
+        for old, now, all_moved, moved in zip(
+            before, flat_of(model).quantizers, flat_of(twin).quantizers, moves, strict=True
+        ):
+            assert torch.equal(getattr(old, name), getattr(now, name)) != moved
+            if moved:  # to where it moves when all do
+                assert torch.equal(getattr(now, name), getattr(all_moved, name))

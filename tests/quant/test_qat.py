@@ -196,7 +196,9 @@ def levels_of(model: nn.Module) -> list[Tensor]:
 def test_codebooks_follow_every_step_until_they_are_frozen(freeze: float, moving: int) -> None:
     model = quantized()
     history = [levels_of(model)]
-    config = TrainingConfig(8, lr=1e-2, codebook_decay=0.8, codebook_freeze=freeze)
+    config = TrainingConfig(
+        8, lr=1e-2, codebook_decay=0.8, codebook_freeze=freeze, weights_per_level=0
+    )
     # one batch an epoch, so that an epoch is a step
     train_(
         model,
@@ -217,15 +219,15 @@ def test_codebooks_move_before_the_optimiser_and_with_the_configured_decay(monke
     calls = []
     update = FlatWeights.update
 
-    def spy(flat: FlatWeights, decay: float) -> Tensor:
+    def spy(flat: FlatWeights, decay: float, weights_per_level: float) -> Tensor:
         calls.append((flat.weights[0].detach().clone(), decay))
-        return update(flat, decay)
+        return update(flat, decay, weights_per_level)
 
     monkeypatch.setattr(FlatWeights, "update", spy)
     model = quantized()
     weight = model.get_parameter("0.parametrizations.weight.original")
     start = weight.detach().clone()
-    config = TrainingConfig(1, codebook_decay=0.7, codebook_freeze=0.0)
+    config = TrainingConfig(1, codebook_decay=0.7, codebook_freeze=0.0, weights_per_level=0)
     train_(model, batches_of(), F.cross_entropy, config, 0)
     assert [decay for _, decay in calls] == [0.7] * 3
     # the weights of the forward pass, whose statistics are at hand
@@ -654,7 +656,7 @@ def test_dead_levels_are_logged_for_each_layer_while_codebooks_adapt() -> None:
     quantizer.levels[-2:] += 1000  # no weight is near
     quantizer.counts[-2:] = 0
     quantizer.sums[-2:] = 0
-    config = TrainingConfig(4, lr=1e-4, codebook_freeze=0.5)
+    config = TrainingConfig(4, lr=1e-4, codebook_freeze=0.5, weights_per_level=0)
     epochs = train_(model, batches_of(), F.cross_entropy, config, 0)
     assert [epoch.dead for epoch in epochs] == [{"0": 0, "4": 2}] * 2 + [{}] * 2
 
@@ -670,7 +672,8 @@ def test_fp32_models_and_baselines_have_no_dead_levels_and_fp32_ones_no_flips() 
 
 def test_a_compiled_model_trains_alike() -> None:
     model, twin = quantized(), quantized()
-    config = TrainingConfig(1, lr=1e-2)
+    # levels that follow: of those that stay some lie on a weight, and thresholds on another
+    config = TrainingConfig(1, lr=1e-2, weights_per_level=0)
     expected = train_(model, batches_of(), F.cross_entropy, config, 0)
     compiled = torch.compile(twin, backend="aot_eager")
     found = train_(compiled, batches_of(), F.cross_entropy, config, 0)
@@ -733,7 +736,8 @@ class KillingBatches:
 
 
 def options(**more: Any) -> TrainingConfig:
-    more = {"epochs": 2, "lr": 0.05, "dampening": 0.01, "freeze_above": 0.005, **more}
+    more = {"dampening": 0.01, "freeze_above": 0.005, "weights_per_level": 0, **more}
+    more = {"epochs": 2, "lr": 0.05, **more}
     return TrainingConfig(**more)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adq.quant.apply import quantize_
-from adq.quant.batches import Batch, threads
+from adq.quant.batches import Batch, device_of, threads, to_device
 from adq.quant.calibrate import input_ranges
 from adq.quant.layers import trace_layers
 from adq.quant.qat import TrainingConfig, _Run
@@ -29,7 +29,7 @@ from adq.quant.spec import BitVector
 BATCH, SIDE, BITS, ENDS_BITS = 128, 32, 4, 8
 ROUNDS, WARMUP = 15, 3
 BATCHES = 4
-CONFIG = TrainingConfig(epochs=1, lr=1e-3)
+CONFIG = TrainingConfig(epochs=1, lr=1e-3, warmup=0.0)
 
 CONTENDERS = {
     "fp32": "FP32",
@@ -78,7 +78,7 @@ def step_of(
     run.total = 1_000_000  # far from the end, where codebooks would stay still
 
     def step() -> None:
-        run._train_on(batches[run.step % len(batches)])
+        run._train_on(to_device(batches[run.step % len(batches)], device_of(model)))
 
     return step
 
@@ -105,7 +105,7 @@ def contenders() -> dict[str, Step]:
 
 
 def interleaved(steps: dict[str, Step], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each contender's step, one number a round."""
+    """Seconds of each contender's step, one number a round after `warmup` rounds."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
@@ -113,6 +113,8 @@ def interleaved(steps: dict[str, Step], rounds: int, warmup: int) -> dict[str, l
         for name in names[turn:] + names[:turn]:
             began = time.perf_counter()
             steps[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -120,12 +122,10 @@ def interleaved(steps: dict[str, Step], rounds: int, warmup: int) -> dict[str, l
 
 def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     """Raw seconds by number of threads: all that torch takes by itself, and one."""
-    counts = sorted({torch.get_num_threads(), 1}, reverse=True)
     found: dict[str, Any] = {}
-    for count in counts:
+    for count in sorted({torch.get_num_threads(), 1}, reverse=True):
         with threads(count):
             found[str(count)] = interleaved(contenders(), rounds, WARMUP)
-        print(f"CPU, {count} threads: {len(CONTENDERS)} contenders, {rounds} rounds", flush=True)
     return found
 
 

@@ -4,6 +4,8 @@ The package's own `adq.search.tasks.resnet` has 1x1 convolutions in its shortcut
 network for CIFAR-10 has none, and is the one that quantization papers report.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,8 +38,7 @@ class ResNet20(nn.Module):
         self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.Sequential(*(Block(*pair) for pair in pairs))
+        self.blocks = nn.Sequential(*(Block(*pair) for pair in pairwise(widths)))
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,308 @@
+"""Profiling with a clock of our own: no test asserts a real time.
+
+The kernels that are timed are checked too: they compute the layer, to the rounding of 8 bits.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adq.proxies import profile
+from adq.proxies.latency import LatencyTable
+from adq.proxies.profile import NoKernelError, measure, median_stderr, torch_runner
+from adq.quant.apply import quantize
+from adq.quant.errors import InputError
+from adq.quant.layers import LayerInfo, trace_layers
+from adq.quant.spec import BitVector
+
+CPU = torch.device("cpu")
+NO_ONEDNN = profile.platform.machine() not in profile.X86 or not hasattr(
+    torch.ops.onednn, "qconv_pointwise"
+)
+onednn = pytest.mark.skipif(NO_ONEDNN, reason="oneDNN's integer kernels are for x86")
+
+
+class Net(nn.Module):
+    """Two convolutions of one shape; `twice` runs two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3)
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+        self.b = nn.Conv2d(4, 4, 3, padding=1)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(self.stem(x)))
+        return self.fc(self.twice(self.twice(x)).flatten(1))
+
+
+class Machine:
+    """A runner and its clock: a pass takes weight bits + input bits/100 seconds, plus noise."""
+
+    def __init__(self, noise: float = 0.0, skip: tuple[int, ...] = ()) -> None:
+        self.now, self.noise, self.skip = 0.0, noise, skip
+        self.rng = random.Random(1)
+        self.prepared: list[tuple[str, int, int | None, int]] = []
+        self.ran: list[tuple[str, int, int | None]] = []
+
+    def runner(
+        self, layer: nn.Module, inputs: list[Tensor], weight_bits: int, act_bits: int | None
+    ) -> Callable[[], object]:
+        if weight_bits in self.skip:
+            raise NoKernelError("this machine has none")
+        kind = f"{type(layer).__name__}{tuple(inputs[0].shape)}"
+        self.prepared.append((kind, weight_bits, act_bits, len(inputs)))
+
+        def run() -> None:
+            self.ran.append((kind, weight_bits, act_bits))
+            seconds = weight_bits + (act_bits or 32) / 100
+            self.now += seconds * (1 + self.noise * self.rng.gauss(0, 1))
+
+        return run
+
+    def clock(self) -> float:
+        return self.now
+
+
+def profiled(machine: Machine, **options: Any) -> tuple[LatencyTable, tuple[LayerInfo, ...]]:
+    net, x = Net(), torch.randn(5, 2, 8, 8)
+    layers = trace_layers(net, x[:2])
+    settings: dict[str, Any] = {"bits": (4, 8), "act_bits": (8, None), "repeats": 7, **options}
+    found = measure(
+        net, layers, x, device=CPU, runner=machine.runner, clock=machine.clock, **settings
+    )
+    return found, layers
+
+
+def test_every_distinct_shape_is_measured_once_at_every_width() -> None:
+    machine = Machine()
+    found, layers = profiled(machine)
+    kinds = {kind for kind, *_ in machine.prepared}
+    assert kinds == {"Conv2d(5, 2, 8, 8)", "Conv2d(5, 4, 6, 6)", "Linear(5, 144)"}
+    assert len(found.entries) == 4 * 5  # a and b are one shape; twice has twice the MACs of one
+    assert {(e.weight_bits, e.act_bits) for e in found.entries} == {
+        (32, None), (4, 8), (4, None), (8, 8), (8, None),
+    }  # fmt: skip
+    assert sorted({calls for *_, calls in machine.prepared}) == [1, 2]
+    for layer in layers:
+        assert found.seconds(layer, 4, 8) == pytest.approx(4.08 / 5)  # five samples a batch
+        assert found.seconds(layer, 8, None) == pytest.approx(8.32 / 5)
+        assert found.seconds(layer, 6, 8) == pytest.approx(6.08 / 5)
+
+
+def test_a_table_says_where_and_how_it_was_measured() -> None:
+    found, _ = profiled(Machine())
+    assert (found.batch, found.repeats, found.threads) == (5, 7, torch.get_num_threads())
+    assert found.versions["torch"] == torch.__version__
+    assert found.device
+    assert found.notes == ()
+
+
+def test_several_passes_between_two_readings_are_divided_out() -> None:
+    found, layers = profiled(Machine(), calls=3)
+    assert found.seconds(layers[0], 4, 8) == pytest.approx(4.08 / 5)
+
+
+def test_all_layers_and_widths_take_turns() -> None:
+    machine = Machine()
+    profiled(machine)
+    warm_up = len(machine.prepared) * profile.WARM_UP
+    rounds = machine.ran[warm_up:]
+    size = len(machine.prepared)
+    assert len(rounds) == 7 * size
+    parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
+    assert all(sorted(map(str, part)) == sorted(map(str, parts[0])) for part in parts)
+    assert any(part != parts[0] for part in parts)
+
+
+def test_what_has_no_kernel_is_left_out_noted_and_raises() -> None:
+    found, layers = profiled(Machine(skip=(4,)))
+    assert found.notes == (
+        "4/8, 4/float bits, Linear, Conv2d: not measured, this machine has none",
+    )
+    assert {e.weight_bits for e in found.entries} == {8, 32}
+    with pytest.raises(InputError, match="has 8/float bits, 32/float bits, 8/8 bits"):
+        found.seconds(layers[0], 4, 8)
+
+
+def test_the_median_shrugs_off_an_interruption() -> None:
+    machine = Machine()
+    readings = 0
+
+    def clock() -> float:
+        nonlocal readings
+        readings += 1
+        if readings % 100 == 0:
+            machine.now += 1e6
+        return machine.now
+
+    machine.clock = clock  # type: ignore[method-assign]
+    found, layers = profiled(machine)
+    assert found.seconds(layers[0], 4, 8) == pytest.approx(4.08 / 5)
+
+
+def test_noise_shows_in_the_standard_error_and_the_median_lies_within_it() -> None:
+    found, _ = profiled(Machine(noise=0.05), repeats=400)
+    true = 4.08 / 5
+    for e in (e for e in found.entries if (e.weight_bits, e.act_bits) == (4, 8)):
+        # the median of n normal readings has the standard error σ·√(π/2n); ±50% of it, since the
+        # spread of 400 readings around their median is itself known to some 20% by order statistics
+        assert e.stderr == pytest.approx(0.05 * true * math.sqrt(math.pi / 800), rel=0.5)
+        assert abs(e.seconds - true) < 4 * e.stderr
+
+
+@pytest.mark.parametrize("n", [5, 6, 30, 31, 101, 1000])
+def test_the_standard_error_covers_the_median_two_times_in_three(n: int) -> None:
+    """The interval covers the true median when the number of readings below it, which is binomial
+    with p = 1/2 whatever the distribution, lies between its ends' ranks. One that covers 68.3% of
+    the time has a half-width of one standard error; ranks are whole, hence 62.5% to 78.1%."""
+    values = random.Random(n).sample([2.0**-i for i in range(n)], n)
+    ordered = sorted(values)
+    (low, high) = next(
+        (i, n - 1 - i)
+        for i in range(n)
+        if (ordered[n - 1 - i] - ordered[i]) / 2 == median_stderr(values)
+    )
+    covered = sum(math.comb(n, below) for below in range(low + 1, high + 1)) / 2**n
+    assert 0.625 <= covered <= 0.7813
+    assert n < 100 or covered == pytest.approx(0.683, abs=0.05)
+
+
+def test_too_few_repeats_and_quantized_models_are_refused() -> None:
+    with pytest.raises(InputError, match="repeats: expected at least 5, got 4"):
+        profiled(Machine(), repeats=4)
+    net, x = Net(), torch.randn(4, 2, 8, 8)
+    layers = trace_layers(net, x)
+    quantized = quantize(net, BitVector({layer.name: 4 for layer in layers}), [(x, None)])
+    with pytest.raises(InputError, match="layer 'stem' is quantized: give the FP32 model"):
+        measure(quantized, layers, x, [8], [8], CPU)
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    net, x = Net(), torch.randn(4, 2, 8, 8)
+    layers = trace_layers(net, x)
+    net.unused = nn.Linear(2, 2)
+    ghost = LayerInfo("unused", "Linear", (2, 2), (2,), 4, 2)
+    with pytest.raises(InputError, match="layer 'unused' does not run"):
+        measure(net, (*layers, ghost), x, [8], [8], CPU)
+
+
+def test_layers_that_only_their_dilation_tells_apart_are_noted() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=2, dilation=2), nn.Conv2d(2, 1, 1)
+    )
+    x, machine = torch.randn(2, 2, 6, 6), Machine()
+    found = measure(
+        net, trace_layers(net, x), x, [8], [8], CPU, 5, runner=machine.runner, clock=machine.clock
+    )
+    assert found.notes[0].startswith("layer '1' has the time of '0': same shape and MACs")
+    assert {calls for *_, calls in machine.prepared} == {1}
+
+
+def test_the_models_modes_and_weights_are_left_alone() -> None:
+    net, x = Net(), torch.randn(3, 2, 8, 8)
+    net.a.eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    measure(net, trace_layers(net, x), x, [8], [8], CPU, 5)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net.training
+    assert not net.a.training
+    assert not net.stem._forward_pre_hooks
+
+
+LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Linear(17, 5), (3, 17)),
+    (nn.Linear(16, 8, bias=False), (2, 7, 16)),
+    (nn.Conv2d(3, 8, 3, stride=2, padding=1), (2, 3, 9, 9)),
+    (nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False), (2, 8, 9, 9)),
+    (nn.Conv2d(6, 4, (3, 1), groups=2), (2, 6, 5, 7)),
+    (nn.Conv1d(4, 6, 5, padding=2), (2, 4, 11)),
+]
+
+
+@onednn
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_the_integer_kernels_compute_the_layer(
+    layer: nn.Module, shape: tuple[int, ...], shift: float
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + shift
+    with torch.no_grad():
+        outputs = torch_runner(layer, [x, x + 1], 8, 8)()
+        assert isinstance(outputs, list)
+        for x_, got in zip((x, x + 1), outputs, strict=True):
+            wanted = layer(x_)
+            assert got.shape == wanted.shape
+            # steps of 1/255 and 1/127 of the ranges: errors of a few thousandths of the outputs
+            # that the ranges allow, and those of the terms average out
+            largest = x_.abs().max() * layer.get_parameter("weight").abs().flatten(1).sum(1).max()
+            assert (got - wanted).abs().max() < 0.02 * largest
+
+
+def test_the_integer_product_of_gpus_computes_the_layer_on_cpus_too() -> None:
+    layer, x = nn.Linear(16, 8), torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (got,) = profile._checked(profile._int8_matmul, layer, [x])()  # type: ignore[misc]
+        largest = x.abs().max() * layer.weight.abs().sum(1).max()
+        assert (got - layer(x)).abs().max() < 0.02 * largest
+    with pytest.raises(NoKernelError, match="more than 16 rows and multiples of 8"):
+        profile._int8_matmul(nn.Linear(16, 7), x)
+    with pytest.raises(NoKernelError, match="no 8-bit Conv2d for GPUs"):
+        profile._int8_matmul(nn.Conv2d(1, 1, 1), x)
+
+
+def test_a_kernel_with_wrong_results_is_not_timed() -> None:
+    def saturating(layer: Any, x: Tensor) -> profile.Made:
+        return lambda: layer(x).clamp(max=0.01), x, layer.weight
+
+    with pytest.raises(NoKernelError, match="wrong results"):
+        profile._checked(saturating, nn.Linear(4, 4), [torch.ones(2, 4) * 3])
+
+
+@pytest.mark.parametrize("width", [(4, 8), (8, 4), (2, None), (8, None), (16, None)])
+def test_torch_has_no_kernel_for_other_widths(width: tuple[int, int | None]) -> None:
+    with pytest.raises(NoKernelError, match="8-bit weights on 8-bit inputs"):
+        torch_runner(nn.Linear(4, 4), [torch.randn(2, 4)], *width)
+
+
+@onednn
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.ConvTranspose2d(2, 2, 2), "no 8-bit ConvTranspose2d"),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "pad with zeros"),
+        (nn.Conv2d(2, 2, 3, padding="same"), "pad with zeros, in numbers"),
+    ],
+)
+def test_layers_without_an_integer_kernel_are_refused(layer: nn.Module, message: str) -> None:
+    with pytest.raises(NoKernelError, match=message):
+        torch_runner(layer, [torch.randn(1, 2, 4, 4)], 8, 8)
+
+
+def test_fp32_runs_the_layer_itself() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    outputs = torch_runner(layer, [x], 32, None)()
+    assert isinstance(outputs, list)
+    assert torch.equal(outputs[0], layer(x))
+
+
+@onednn
+def test_a_real_profile_knows_eight_bits_and_refuses_four() -> None:
+    net, x = Net(), torch.randn(3, 2, 8, 8)
+    layers = trace_layers(net, x)
+    found = measure(net, layers, x, (4, 8), (8,), CPU, 5)
+    for layer in layers:
+        assert found.seconds(layer, 8, 8) > 0
+        with pytest.raises(InputError, match=f"layer '{layer.name}' at 4/8 bits"):
+            found.seconds(layer, 4, 8)
+    assert found.notes == (
+        "4/8 bits, Linear, Conv2d: not measured, torch runs 8-bit weights on 8-bit inputs, or "
+        "floats, and no others",
+    )
