@@ -248,6 +248,54 @@ def sensitivity(
                 _print_table(["layer", *map(str, bits)], list(table.values()))
 
 
+@app.command()
+@_with_study_options
+def profile(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="the table to write (JSON), for --latency")],
+    repeats: Annotated[int, typer.Option("--repeats", help="readings of each layer")] = 30,
+    config: ConfigFile = None,
+    **values: Any,
+) -> None:
+    """Measure how long each layer runs on this machine, at the bits that kernels exist for."""
+    from adq.proxies.profile import measure
+    from adq.quant.batches import resized
+    from adq.search.problem import make_problem
+    from adq.search.task import load_task
+
+    if not file.endswith(".json"):
+        raise InputError(f"expected a file that ends in .json, got {file!r}")
+    resolved = make_config(read_toml(config) if config else {}, values)
+    with redirect_stdout(sys.stderr):
+        problem = make_problem(resolved, load_task(resolved.task, resolved.model), budgeted=False)
+        pairs = [pair for pairs in problem.space.bit_options.values() for pair in pairs]
+        table = measure(
+            problem.initial_model,
+            problem.layers,
+            resized(problem.calibration[0][0], resolved.latency_batch or 1),
+            sorted({w for w, _ in pairs}),
+            sorted({a for _, a in pairs}, key=lambda a: a or 32),
+            problem.device,
+            repeats,
+        )
+    table.save(file)
+    _print_table(
+        ["layer", "weight, input", "bits", "µs a sample"],
+        [
+            [
+                e.kind,
+                "×".join(map(str, e.weight_shape)) + ", " + "×".join(map(str, e.input_shape)),
+                f"{e.weight_bits}/{e.act_bits or 'float'}",
+                f"{e.seconds * 1e6:.4g} ± {e.stderr * 1e6:.1g}",
+            ]
+            for e in table.entries
+        ],
+    )
+    for note in table.notes:
+        print(note, file=sys.stderr)
+    print(f"{file}: {table.device}, batch {table.batch}; use it with --latency {file}")
+
+
 def _out(context: typer.Context, own: str | None) -> str:
     """The studies' folder: the subcommand's own --out, else the one given before it."""
     return own or context.obj or str(OPTIONS["out"].default)
@@ -274,8 +322,10 @@ def _print_front(front: "Front", as_json: bool) -> None:
         print(json.dumps(front.to_json(), indent=1))
         return
     metric = f"test {front.metric_name}"
-    rows = [["FP32", "32", "32", "", "", f"{front.fp32_metric:.4f}"]]
+    timed = front.best.latency_s is not None
+    rows = [["FP32", "32", "32", "", "", *[""] * timed, f"{front.fp32_metric:.4f}"]]
     for point in (*front.uniform, *front.points):
+        latency = [] if point.latency_s is None else [f"{point.latency_s * 1e3:.4g}"]
         rows.append(
             [
                 point.id + (" (best)" if point.id == front.best.id else ""),
@@ -283,10 +333,11 @@ def _print_front(front: "Front", as_json: bool) -> None:
                 f"{point.average_bits_searched:.3f}",
                 f"{point.size_bytes / 1e3:.1f}",
                 f"{point.bops / 1e9:.4g}",
+                *latency,
                 f"{point.metric:.4f} ± {point.metric_stderr:.4f}",
             ]
         )
-    header = ["model", "average bits", "searched layers", "kB", "GBOPs", metric]
+    header = ["model", "average bits", "searched layers", "kB", "GBOPs", *["ms"] * timed, metric]
     print(f"\nPareto front of study {front.study}, chosen by validation, reported on test:")
     _print_table(header, rows)
     print(f"best under the budget: {front.best.id}, in {front.folder}/best.safetensors")

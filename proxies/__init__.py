@@ -3,5 +3,7 @@
 base      Sensitivity: scores S[layer, bits] with standard errors, in expected loss increase
 trace     Hessian trace by Hutchinson probes
 gradient  empirical Fisher, from per-sample gradients
-costs     average bits, size in bytes, bit operations
+costs     average bits, size in bytes, bit operations, latency
+latency   seconds of a layer: a roofline, a measured table, or a function
+profile   measuring such a table on this machine
 """

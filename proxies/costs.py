@@ -10,11 +10,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from adq.proxies.latency import LatencyModel
 from adq.quant.export.packed import input_bytes, rest_bytes, weight_bytes
 from adq.quant.layers import LayerInfo
 from adq.quant.spec import FP32_BITS, BitVector
 
 COST_NAMES = ("average_bits", "size_bytes", "bops")
+"""Every model has these; `latency_s` comes last where there is a latency model."""
+
+PER_SECOND = 10**12
+"""Latencies are added in whole picoseconds: a layer's share of a large batch is nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class CostModel:
     """Costs of bit vectors over a traced model.
 
     `searched` names the layers whose bits are free; it matters for one of the averages only.
-    `group_size` weights share a scale, see `adq.quant.rows.rows_of`.
+    `group_size` weights share a scale, see `adq.quant.rows.rows_of`. `latency` must never say that
+    more bits take less time (see `adq.proxies.latency.RunWider`).
     """
 
     def __init__(
@@ -51,22 +57,28 @@ class CostModel:
         layers: Sequence[LayerInfo],
         searched: Sequence[str],
         group_size: int | None = None,
+        latency: LatencyModel | None = None,
     ) -> None:
-        self.group_size = group_size
+        self.group_size, self.latency = group_size, latency
+        self.names = COST_NAMES + (() if latency is None else ("latency_s",))
         self.layers = {layer.name: layer for layer in layers}
         self.searched = frozenset(searched)
         self.fixed_bytes = rest_bytes(model, set(self.layers))
         self.weight_numel = sum(layer.weight_numel for layer in layers)
 
     def layer_terms(self, name: str, weight: int, act: int | None) -> dict[str, int]:
-        """One layer's share of each cost, as integers: `average_bits` in total bits of weights."""
+        """One layer's share of each cost, as integers: `average_bits` in total bits of weights,
+        `latency_s` in picoseconds."""
         layer = self.layers[name]
-        return {
+        terms = {
             "average_bits": layer.weight_numel * weight,
             "size_bytes": weight_bytes(layer.weight_numel, layer.scales(self.group_size), weight)
             + input_bytes(act),
             "bops": layer.macs * weight * (FP32_BITS if act is None else act),
         }
+        if self.latency is not None:
+            terms["latency_s"] = round(self.latency.seconds(layer, weight, act) * PER_SECOND)
+        return terms
 
     def limits(self, budget: Mapping[str, float]) -> dict[str, int]:
         """Limits on Σ layer_terms that say the same as `budget`, cost name -> limit.
@@ -79,12 +91,14 @@ class CostModel:
             total = value * self.weight_numel if name == "average_bits" else value
             if name == "size_bytes":
                 total -= self.fixed_bytes
+            if name == "latency_s":
+                total *= PER_SECOND
             out[name] = math.floor(total + 1e-9 * max(1.0, abs(total)))
         return out
 
     def totals(self, bits: BitVector) -> dict[str, int]:
         """Σ layer_terms of a bit vector that names every layer."""
-        totals = dict.fromkeys(COST_NAMES, 0)
+        totals = dict.fromkeys(self.names, 0)
         for name in self.layers:
             for cost, term in self.layer_terms(name, bits.weight[name], bits.act.get(name)).items():
                 totals[cost] += term
@@ -105,4 +119,5 @@ class CostModel:
             average_act_bits=act_bits / macs,
             size_bytes=totals["size_bytes"] + self.fixed_bytes,
             bops=totals["bops"],
+            latency_s=None if self.latency is None else totals["latency_s"] / PER_SECOND,
         )

@@ -64,6 +64,13 @@ def micro_batches(batches: Batches, size: int) -> Iterator[Batch]:
             yield _part(inputs, start, start + size), _part(targets, start, start + size)
 
 
+def resized(inputs: Any, samples: int) -> Any:
+    """The same inputs cut or repeated to so many samples."""
+    if isinstance(inputs, Tensor):
+        return inputs[torch.arange(samples) % len(inputs)]
+    return type(inputs)(resized(part, samples) for part in inputs)
+
+
 def _part(value: Any, start: int, stop: int) -> Any:
     if isinstance(value, Tensor):
         return value[start:stop]

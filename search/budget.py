@@ -15,6 +15,7 @@ class Budget:
     bits     average bits a weight, over all weights of all quantized layers
     size_mb  size of the packed model in megabytes (10⁶ bytes)
     gbops    bit operations per sample in units of 10⁹: Σ MACs · weight bits · input bits
+    latency_ms  milliseconds per sample by the study's latency model
 
     Raises InputError when a limit is not a positive finite number or when none is set.
     """
@@ -22,6 +23,7 @@ class Budget:
     bits: float | None = None
     size_mb: float | None = None
     gbops: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -31,8 +33,8 @@ class Budget:
                 raise InputError(f"budget-{name}: expected a positive number, got {value}")
         if not self.limits():
             raise InputError(
-                "no budget: give at least one of --budget-bits, --budget-size-mb, --budget-gbops "
-                "(for example --budget-bits 2.8)"
+                "no budget: give at least one of --budget-bits, --budget-size-mb, --budget-gbops, "
+                "--budget-latency-ms (for example --budget-bits 2.8)"
             )
 
     def limits(self) -> dict[str, float]:
@@ -41,6 +43,7 @@ class Budget:
             "average_bits": self.bits,
             "size_bytes": None if self.size_mb is None else self.size_mb * 1e6,
             "bops": None if self.gbops is None else self.gbops * 1e9,
+            "latency_s": None if self.latency_ms is None else self.latency_ms * 1e-3,
         }
         return {name: value for name, value in limits.items() if value is not None}
 
@@ -49,6 +52,7 @@ OPTION_OF = {
     "average_bits": ("budget-bits", 1.0),
     "size_bytes": ("budget-size-mb", 1e6),
     "bops": ("budget-gbops", 1e9),
+    "latency_s": ("budget-latency-ms", 1e-3),
 }
 """Cost name -> (the option that limits it, how many of the cost's units one of the option's is)."""
 

@@ -54,6 +54,18 @@ class StudyConfig:
     budget_bits: float | None = _option(None, "number", "average bits a weight, at most")
     budget_size_mb: float | None = _option(None, "number", "10^6 bytes of packed tensors, at most")
     budget_gbops: float | None = _option(None, "number", "10^9 bit operations a sample, at most")
+    budget_latency_ms: float | None = _option(
+        None, "number", "milliseconds a sample by --latency, at most"
+    )
+    latency: str | None = _option(
+        None,
+        "text",
+        "what says how long a layer runs: a device (nvidia-t4, or a JSON file like it), a table "
+        "of adq-search profile, or mymodule:function",
+    )
+    latency_batch: int | None = _option(
+        None, "whole", "samples that --latency NAME and profile run at once; 1 if not given", 1
+    )
     bits: tuple[int, ...] = _option((2, 3, 4, 6, 8), "weight-bits", "weight bits to choose from")
     act_bits: tuple[int, ...] = _option(
         (8,), "act-bits", "input bits to choose from; 0 keeps an input in FP32"
@@ -132,7 +144,14 @@ class StudyConfig:
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.budget_bits, self.budget_size_mb, self.budget_gbops)
+        if self.budget_latency_ms is not None and self.latency is None:
+            raise InputError(
+                "budget-latency-ms: nothing says how long a layer runs; give --latency a device, a "
+                "table or a function"
+            )
+        return Budget(
+            self.budget_bits, self.budget_size_mb, self.budget_gbops, self.budget_latency_ms
+        )
 
     @property
     def scheme(self) -> Scheme:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adq.proxies.costs import CostModel
+from adq.proxies.latency import RunWider
 from adq.quant.attention import expose_attention_
 from adq.quant.batches import Batch, batch_size, seeded, take_samples, to_device
 from adq.quant.calibrate import Ranges, input_ranges
@@ -15,6 +16,7 @@ from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
 from adq.search.budget import check_reachable
 from adq.search.config import StudyConfig
+from adq.search.latency import latency_model
 from adq.search.space import FP32, Space, make_space
 from adq.search.task import Task, task_call
 
@@ -109,7 +111,10 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     if space.size == 1:
         raise InputError("bits, act-bits: a single choice leaves nothing to search")
     searched = space.searched or tuple(layer.name for layer in layers)
-    costs = CostModel(model, layers, searched, config.group_size)
+    latency = latency_model(config) if budgeted else None
+    if latency is not None:
+        latency = RunWider(latency, space.bit_options)
+    costs = CostModel(model, layers, searched, config.group_size, latency)
     extremes = [
         costs.costs(space.bit_vector(point)) for point in (space.smallest(), space.largest())
     ]

@@ -54,6 +54,14 @@ class Space:
     def size(self) -> int:
         return prod(len(layer.weight) * len(layer.act) for layer in self.layers)
 
+    @property
+    def bit_options(self) -> dict[str, list[tuple[int, int | None]]]:
+        """Layer name -> its (weight bits, input bits), with None for FP32."""
+        return {
+            layer.name: [(w, None if a == FP32 else a) for w, a in layer.options]
+            for layer in self.layers
+        }
+
     def distributions(self) -> dict[str, CategoricalDistribution]:
         found: dict[str, CategoricalDistribution] = {}
         for layer in self.layers:

@@ -78,36 +78,51 @@ def load_task(spec: str, model: str | None = None) -> Task:
             f"unknown task {spec!r}; known are {', '.join(BUILT_IN)}, or mymodule:make_task for "
             "your own"
         )
-    return _user_task(name, rest, spec, model)
+    return _user_task(spec, model)
 
 
-def _user_task(module_name: str, function_name: str, spec: str, model: str | None) -> Task:
+def import_from_here(what: str, spec: str) -> Any:
+    """The attribute `module:name` of an installed module, or else of one in the current folder.
+
+    `what` says whose it is in an InputError.
+    """
+    module_name, _, name = spec.partition(":")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)  # behind the installed packages
     try:
         module = importlib.import_module(module_name)
-        function = getattr(module, function_name, None)
-        if function is None:
-            raise InputError(
-                f"task {spec!r}: module {module_name!r} ({module.__file__}) has no "
-                f"{function_name!r}; a module of that name in the current folder stands behind "
-                "installed ones"
-            )
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module wants
+            raise InputError(f"{what} {spec!r} failed: {_one_line(error)}") from error
+        raise InputError(
+            f"{what} {spec!r}: no module {module_name!r} among the installed packages or in {here}"
+        ) from None
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} {spec!r} failed: {_one_line(error)}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise InputError(
+            f"{what} {spec!r}: module {module_name!r} ({module.__file__}) has no {name!r}; "
+            "a module of that name in the current folder stands behind installed ones"
+        )
+    return found
+
+
+def _user_task(spec: str, model: str | None) -> Task:
+    function = import_from_here("task", spec)
+    try:
         task = function() if model is None else function(model)
     except InputError:
         raise
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module wants
-            raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
-        raise InputError(
-            f"task {spec!r}: no module {module_name!r} among the installed packages or in {here}"
-        ) from None
     except (Exception, SystemExit) as error:
         raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
     if not isinstance(task, Task):
+        name = spec.partition(":")[2]
         raise InputError(
-            f"task {spec!r}: expected an adq.Task from {function_name}(), got {type(task).__name__}"
+            f"task {spec!r}: expected an adq.Task from {name}(), got {type(task).__name__}"
         )
     return task
 

@@ -398,3 +398,33 @@ def test_a_damaged_study_is_named_and_left_as_it_is(
         return
     assert "done" in with_study.refused(argument, "done")
     assert fingerprint(with_study.folder / "runs/done") == before
+
+
+def test_a_profile_is_a_table_that_a_search_can_take(terminal: Terminal) -> None:
+    sys.path.append(str(TESTS))
+    done = terminal("profile", "times.json", "--task", "tiny_task:make_task", "--bits", "4,8",
+                    "--first-last-bits", "0", "--repeats", "5", "--device", "cpu")  # fmt: skip
+    assert done.code == 0, done.err
+    table = json.loads((terminal.folder / "times.json").read_text())
+    assert table["schema"] == "adq-latency/1"
+    assert table["entries"]
+    assert "use it with --latency times.json" in done.out
+    assert "ends in .json" in terminal.refused("profile", "times.txt")
+
+
+def test_a_latency_budget_holds_and_is_shown(terminal: Terminal) -> None:
+    sys.path.append(str(TESTS))
+    code = "def seconds(layer, weight_bits, act_bits):\n    return weight_bits * 1e-6\n"
+    (terminal.folder / "my_times.py").write_text(code)
+    done = terminal(
+        *QUICK, "--budget-latency-ms", "0.025", "--latency", "my_times:seconds", "--json"
+    )
+    assert done.code == 0, done.err
+    front = json.loads(done.out)
+    assert front["points"]
+    for point in front["points"]:
+        expected = sum(point["weight_bits"].values()) * 1e-6
+        assert point["latency_s"] == pytest.approx(expected)
+        assert expected <= 0.025e-3
+    shown = terminal("show", "tiny_task-1")
+    assert " ms " in shown.out

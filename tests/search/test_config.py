@@ -16,7 +16,7 @@ from adq.quant.qat import TrainingConfig
 from adq.quant.scheme import Scheme
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml
 
-TEXT = ["task", "model", "weights", "device", "study", "storage", "out"]
+TEXT = ["latency", "task", "model", "weights", "device", "study", "storage", "out"]
 WHOLE_FROM = {
     "first_last_bits": 0,
     "trials": 1,
@@ -25,6 +25,7 @@ WHOLE_FROM = {
     "fp32_epochs": 0,
     "seed": 0,
     "group_size": 2,
+    "latency_batch": 1,
 }
 WORDS = {
     "optimizer": ["adamw", "sgd"],
@@ -34,11 +35,19 @@ WORDS = {
     "act_quantizer": ["n2uq", "lsq", "pact", "minmax"],
     "codebook_start": ["quantile-lloyd", "quantile", "midpoint", "uniform"],
 }
-NUMBER = ["budget_bits", "budget_size_mb", "budget_gbops", "lr", "dampening", "freeze_above"]
+NUMBER = [
+    "budget_bits",
+    "budget_size_mb",
+    "budget_gbops",
+    "budget_latency_ms",
+    "lr",
+    "dampening",
+    "freeze_above",
+]
 LISTS = ["bits", "act_bits"]
 OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
 OPTIONAL += ["fp32_epochs", "study", "storage", "group_size", "start_bits"]
-OPTIONAL += ["dampening", "freeze_above"]
+OPTIONAL += ["dampening", "freeze_above", "budget_latency_ms", "latency", "latency_batch"]
 
 
 def refused(field: str, value: Any) -> str:
