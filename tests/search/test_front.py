@@ -25,6 +25,8 @@ def record(
         epochs=2,
         costs=Costs(bits, bits - 0.5, 8.0, 1000, bops),
         train_losses=(),
+        flips=(),
+        dead_levels=(),
         validation=None if failed else Evaluation(loss, metric or 0.0, 0.1, 50),
         test=Evaluation(loss, 0.5, 0.125, 60),
         seconds=1.0,

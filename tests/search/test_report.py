@@ -79,6 +79,8 @@ def record(
         epochs=3,
         costs=Costs(average, average / 1.1, 8.0, int(9123 * average), int(1.7e7 * average), None),
         train_losses=(0.5, 0.25),
+        flips=(0.1, 0.0),
+        dead_levels=(2.0, 0.0),
         validation=None if validation is None else evaluation(validation),
         test=None if test is None else evaluation(test),
         seconds=12.34,

@@ -76,6 +76,8 @@ class Bench:
             epochs=1,
             costs=self.problem.costs.costs(bits),
             train_losses=(),
+            flips=(),
+            dead_levels=(),
             validation=None if failed else Evaluation(1 - metric, metric, 0.01, 60),
             test=None,
             seconds=0.5,
