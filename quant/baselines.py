@@ -181,7 +181,7 @@ class LSQActivation(_Uniform):
     def forward(self, x: Tensor) -> Tensor:
         # a tensor all along: a number would stop a GPU's queue and torch.compile's graph here
         largest = (2**self.bits - 1 - self.zero_point).clamp(min=1)
-        step = scale_gradient(self.output_scale, (x[0].numel() * largest).rsqrt())
+        step = scale_gradient(self.output_scale, (max(1, x.shape[1:].numel()) * largest).rsqrt())
         return activation.fake_quantize(x, *self._knots(step), step, self.zero_point)
 
 

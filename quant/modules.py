@@ -5,7 +5,7 @@ a scale and a zero point: whatever was trained, packing and kernels see the same
 baselines are in `baselines`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,16 @@ class AdaptiveWeight(WeightQuantizer):
         self.log_scale = nn.Parameter(scale.flatten().log())
         self.register_buffer("counts", start.counts)
         self.register_buffer("sums", start.sums)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveWeight":
+        """As in nn.Module, but for half precision: that cannot count beyond 65504."""
+        kept = {name: self._buffers[name] for name in ("counts", "sums")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = self._buffers[name]
+            if before is not None and now is not None and now.dtype.itemsize < 4:
+                self._buffers[name] = before.to(now.device)
+        return self
 
     def scale_of(self, rows: Tensor) -> Tensor:
         return self.log_scale.exp()

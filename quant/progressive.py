@@ -20,7 +20,7 @@ def stages(bits: BitVector, start: Sequence[int]) -> list[BitVector]:
     alone. Stages equal to the one before are left out.
     """
     found: list[BitVector] = []
-    for low in (*start, 0):
+    for low in (*sorted(start, reverse=True), 0):
         stage = BitVector(
             {name: max(b, low) for name, b in bits.weight.items()},
             {name: max(b, low) for name, b in bits.act.items()},

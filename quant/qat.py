@@ -89,12 +89,20 @@ class TrainingConfig:
                 f"epochs, checkpoint_every: expected 0 or more, got {self.epochs} and "
                 f"{self.checkpoint_every}"
             )
-        shares = ("distillation", "warmup", "momentum", "codebook_freeze", "codebook_decay")
+        shares = (
+            "distillation",
+            "weight_decay",
+            "freeze_above",
+            "warmup",
+            "momentum",
+            "codebook_freeze",
+            "codebook_decay",
+        )
         for name in shares:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"{name}: expected 0 to 1, got {value}")
-        if not (self.lr > 0 and self.temperature > 0 and self.dampening >= 0):
+        if not (0 < self.lr < math.inf and self.temperature > 0 and 0 <= self.dampening < math.inf):
             raise InputError(
                 "lr and temperature: expected more than 0, dampening: 0 or more, got "
                 f"{self.lr:g}, {self.temperature:g} and {self.dampening:g}"
@@ -302,8 +310,9 @@ class _Run:
         self.batch, self.sums = 0, {}
 
     def _identity(self) -> dict[str, Any]:
+        words = ("zero", "split_dead")
         quantizers = {
-            name: type(module).__name__
+            name: [type(module).__name__, *(getattr(module, word, None) for word in words)]
             for name, module in self.model.named_modules()
             if isinstance(module, (WeightQuantizer, ActivationQuantizer))
         }
@@ -313,6 +322,7 @@ class _Run:
             "seed": self.seed,
             "quantizers": quantizers,
             "steps": self.total,
+            "teacher": self.teacher is not None,
         }
 
     def _save(self) -> None:
@@ -395,15 +405,18 @@ def _flat(model: nn.Module, config: TrainingConfig) -> FlatWeights | None:
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear rise, then half a cosine to zero; in (0, 1]."""
+    """Linear rise, then half a cosine to zero; in [0, 1]."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+    # a pass may give more batches than the one that was counted: the rate then stays at its end
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     groups = _parameter_groups(model, config.weight_decay)
+    if not any(group["params"] for group in groups):
+        raise InputError("there is nothing to train: no parameter requires a gradient")
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
     m = config.momentum  # torch refuses Nesterov without any

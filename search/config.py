@@ -94,7 +94,8 @@ class StudyConfig:
     freeze_above: float | None = _option(
         None,
         "number",
-        "freeze weights that change level back and forth more often a step, 0.01 say",
+        "freeze weights that change level back and forth more often a step, 0.01 say; codebooks "
+        "then stay still",
     )
     batchnorm: str = _option(
         "reestimate", "text", "reestimate or keep its statistics after fine-tuning"
@@ -174,6 +175,8 @@ class StudyConfig:
             optimizer=cast(Optimizer, self.optimizer),
             amp=kinds[self.amp],
             distillation=self.distillation,
+            # a frozen weight is held at the number of its level: levels must keep theirs
+            codebook_decay=None if self.freeze_above else TrainingConfig.codebook_decay,
             dampening=self.dampening or 0.0,
             freeze_above=self.freeze_above,
         )

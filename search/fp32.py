@@ -157,7 +157,7 @@ def task_key(problem: Problem, *, choices: bool = True) -> str:
             [_source(thing) for thing in (task.loss, *own)],
             problem.calibration,
             validation,
-            repr(problem.space) if choices else "",
+            repr((problem.space, problem.config.scheme)) if choices else "",
         ]
     )
 

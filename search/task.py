@@ -104,8 +104,9 @@ def import_from_here(what: str, spec: str) -> Any:
         raise InputError(f"{what} {spec!r} failed: {_one_line(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
+        place = getattr(module, "__file__", None) or "built in"
         raise InputError(
-            f"{what} {spec!r}: module {module_name!r} ({module.__file__}) has no {name!r}; "
+            f"{what} {spec!r}: module {module_name!r} ({place}) has no {name!r}; "
             "a module of that name in the current folder stands behind installed ones"
         )
     return found

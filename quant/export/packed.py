@@ -215,4 +215,4 @@ class PackedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         code = torch.bucketize(x.contiguous(), self.thresholds, right=True).to(x.dtype)
-        return self.scale * (code - self.zero_point)
+        return (self.scale * (code - self.zero_point)).to(x.dtype)

@@ -37,9 +37,13 @@ nearest to zero is set to zero. Then levels are sorted, with their N and M.
 
 Bytes moved per weight: forward 9 (float32 and a byte of code), backward 13; the levels' share is
 less than 1 % at 4 bits.
+
+The passes go layer by layer, ten operations each on a view of its rows: looking up scale and layer
+of every single weight would move more bytes than the quantization does. On the CPU the weights are
+some 5 % of the time that 4-bit training adds to a step of ResNet-20, activations the rest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -269,8 +273,3 @@ def _split(
     for where, value in ((givers, lower), (takers, upper)):
         c[where], n[where], m[where] = value, half, half * value
     return c, n, m
-
-
-def split_layers(flat: Tensor, bits: Ints) -> Iterator[Tensor]:
-    """The levels (or counts, or sums) of each layer."""
-    yield from flat.split([2**b for b in bits])

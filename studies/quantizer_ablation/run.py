@@ -46,7 +46,7 @@ RATES = {"W": 1e-3, "WA": 3e-3}
 OTHER_RATES = {"W": 3e-3, "WA": 1e-3}
 
 
-PAPER = Scheme("adq", "n2uq", "quantile-lloyd", zero=False, split_dead=True)
+BASE = Scheme("adq", "n2uq", "quantile-lloyd", zero=False, split_dead=True)
 TRAINING = TrainingConfig(
     1, weight_decay=1e-4, distillation=0.5, codebook_decay=0.99, codebook_freeze=0.25
 )
@@ -54,7 +54,7 @@ TRAINING = TrainingConfig(
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from `PAPER` and `TRAINING`; `title` is its line in the tables."""
+    """What differs from `BASE` and `TRAINING`; `title` is its line in the tables."""
 
     title: str
     scheme: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def train(run: Run) -> dict[str, Any]:
     pinned = (LAYERS[0], LAYERS[-1])
     weight = {name: 8 if name in pinned else run.bits for name in LAYERS}
     act = {name: weight[name] for name in LAYERS[1:]} if run.mode == "WA" else {}
-    scheme = replace(PAPER, **variant.scheme)
+    scheme = replace(BASE, **variant.scheme)
     ranges = input_ranges(MODEL, {n: (b,) for n, b in act.items()}, CALIBRATION, scheme.act)
     model = quantize_(copy.deepcopy(MODEL), BitVector(weight, act), ranges, scheme)
     epochs = run.steps // STEPS
@@ -297,6 +297,8 @@ def write_between(path: Path, tables: dict[str, str]) -> None:
     for name, content in tables.items():
         before, mark, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition("<!-- end -->")
+        if not (mark and end):
+            raise ValueError(f"{path}: expected <!-- {name} --> and <!-- end -->")
         text = f"{before}{mark}\n\n{content}\n\n{end}{after}"
     write_text(path, text)
 

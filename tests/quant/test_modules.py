@@ -164,3 +164,13 @@ def test_forward_of_an_activation_quantizer_changes_no_state() -> None:
     before = snapshot(quantizer)
     quantizer(randn(50)).sum().backward()
     assert same(before, snapshot(quantizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_reach_the_counts(dtype: torch.dtype) -> None:
+    # a float16 count ends at 65504: four levels of a million weights have more
+    quantizer = adaptive(randn(1000, 1000), 2).to(dtype)
+    assert quantizer.levels.dtype == quantizer.log_scale.dtype == dtype
+    assert quantizer.counts.dtype == quantizer.sums.dtype == torch.float32
+    assert quantizer.counts.sum() == 10**6
+    assert adaptive(randn(4, 6), 2).double().counts.dtype == torch.float64

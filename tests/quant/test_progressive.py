@@ -32,6 +32,7 @@ def test_stages_lead_down_to_each_layers_bits() -> None:
         BitVector({"0": 8, "2": 3, "4": 3}, {"2": 3, "4": 4}),
         BITS,
     ]
+    assert stages(BITS, (3, 4)) == stages(BITS, (4, 3))
     assert stages(BITS, ()) == [BITS]
     assert stages(BitVector({"a": 4}), (4, 3)) == [BitVector({"a": 4})]
     assert stages(BitVector({"a": 3}), (4, 3)) == [BitVector({"a": 4}), BitVector({"a": 3})]

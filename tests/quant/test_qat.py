@@ -244,6 +244,12 @@ def test_freezing_is_refused_where_a_split_would_shift_the_codes() -> None:
     train_(model, batches_of(), F.cross_entropy, still, 0)
 
 
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    model = network().requires_grad_(False)
+    with pytest.raises(InputError, match="nothing to train: no parameter requires a gradient"):
+        train_(model, batches_of(), F.cross_entropy, TrainingConfig(1), 0)
+
+
 def test_a_model_whose_parts_are_quantized_apart_is_refused() -> None:
     model = nn.Sequential(quantize(nn.Sequential(nn.Linear(4, 4)), {"0": 3}), quantized())
     with pytest.raises(InputError, match="2 parts of the model are quantized apart"):

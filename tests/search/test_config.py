@@ -124,7 +124,9 @@ def test_words_become_the_scheme_and_the_training() -> None:
     assert config.training(3, "cpu") == TrainingConfig(3, 0.1, optimizer="sgd", distillation=0.25)
     assert config.training(3, "cuda").amp == "bf16"
     chosen = StudyConfig(amp="fp16", dampening=0.1, freeze_above=0.02).training(1, "cuda")
-    assert chosen == TrainingConfig(1, amp="fp16", dampening=0.1, freeze_above=0.02)
+    assert chosen == TrainingConfig(
+        1, amp="fp16", codebook_decay=None, dampening=0.1, freeze_above=0.02
+    )
 
 
 def test_a_share_is_from_0_to_1() -> None:
