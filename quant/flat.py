@@ -82,8 +82,8 @@ class FlatWeights:
         if torch.compiler.is_compiling():
             return
         quantizers = self.quantizers
-        if len({(w.dtype, w.device) for w in self.weights}) > 1:
-            return  # of several dtypes, or spread over devices
+        if len({(w.dtype, w.device) for w in self.weights}) != 1:
+            return  # of several dtypes, or spread over devices; or none is quantized any more
         for quantizer, ready in zip(quantizers, self._quantize(self.tracking), strict=True):
             quantizer.ready = ready
 
@@ -213,7 +213,7 @@ def flats_of(model: nn.Module) -> list[FlatWeights]:
     parts of it were quantized apart."""
     # a compiled module shows the attributes of the one inside
     found = {id(flat): flat for module in model.modules() if (flat := getattr(module, FLAT, None))}
-    return [flat for flat, _ in found.values()]
+    return [flat for flat, _ in found.values() if flat.quantizers]
 
 
 @contextmanager

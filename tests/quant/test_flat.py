@@ -614,3 +614,12 @@ def test_codebooks_with_few_weights_to_a_level_stay_still() -> None:
             assert torch.equal(getattr(old, name), getattr(now, name)) != moved
             if moved:  # to where it moves when all do
                 assert torch.equal(getattr(now, name), getattr(all_moved, name))
+
+
+def test_a_model_runs_on_when_its_last_layer_is_dequantized_by_itself() -> None:
+    model = quantize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"0": 3, "1": 3})
+    for layer in model:
+        dequantize_(layer)
+    assert flats_of(model) == []
+    update_codebooks(model)
+    assert torch.isfinite(model(torch.ones(2, 4))).all()
