@@ -1,21 +1,27 @@
-"""A sensitivity table: the expected loss increase of each layer at each bit-width.
+"""What a proxy is asked, and what it answers.
 
-Every proxy estimates the same quantity, the increase of the mean loss when one layer alone is
-quantized, by the second-order term of its Taylor series, ½ δᵀ H δ with δ = Q_b(w) − w. They differ
-in what they put for H. The first-order term is left out: at a trained minimum it vanishes on
-average, and its sign says nothing about sensitivity.
+Every proxy estimates the same quantity, S[layer, bits]: the increase of the mean loss when one
+layer alone is quantized. `direct` measures it; the others take the second-order term of its Taylor
+series, ½ δᵀ H δ with δ = Q_b(w) − w, and differ in what they put for H. The first-order term is
+left out: at a trained minimum it vanishes on average, and its sign says nothing about sensitivity.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from adq.quant.baselines import weight_quantizer_for
+from adq.proxies.work import Work
+from adq.quant.baselines import activation_quantizer_for, weight_quantizer_for
+from adq.quant.batches import Batch, batch_size
+from adq.quant.calibrate import Ranges
+from adq.quant.digest import content_hash
+from adq.quant.layers import LayerInfo
+from adq.quant.qat import Loss
 from adq.quant.rows import Rows, rows_of
 from adq.quant.scheme import Scheme
 
@@ -60,10 +66,47 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """What one proxy says: a table for weights, one for layer inputs where it has one.
+class Interactions:
+    """What two layers lose together beyond the sum of what each loses alone (CLADO, arXiv
+    2307.05657): `value[i, a, j, b]` = L(i at a, j at b) − L(i at a) − L(j at b) + L(neither), for
+    `layers[i]` at `bits[a]` and `layers[j]` at `bits[b]`.
 
-    `samples` counts what the standard errors average over (probes, or data samples).
+    Symmetric in (i, a) and (j, b), zero for i = j. `stderr` has the same shape.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    value: Array
+    stderr: Array
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "bits": list(self.bits),
+            "value": self.value.tolist(),
+            "stderr": self.stderr.tolist(),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Interactions":
+        shape = (len(data["layers"]), len(data["bits"])) * 2
+        return Interactions(
+            tuple(data["layers"]),
+            tuple(data["bits"]),
+            np.array(data["value"], dtype=np.float64).reshape(shape),
+            np.array(data["stderr"], dtype=np.float64).reshape(shape),
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one proxy says: a table for weights, one for layer inputs where it has one, and what
+    pairs of layers add where it measures that.
+
+    samples   what the standard errors average over (probes, data samples, batches)
+    seconds   of the clock
+    passes    network passes over the scored samples: a forward pass counts one, a backward pass
+              two, a Hessian-vector product four
     """
 
     proxy: str
@@ -71,6 +114,8 @@ class Sensitivity:
     act: Table | None
     samples: int
     seconds: float
+    passes: float = 0.0
+    pairs: Interactions | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,8 +123,10 @@ class Sensitivity:
             "unit": "expected loss increase",
             "samples": self.samples,
             "seconds": self.seconds,
+            "passes": self.passes,
             "weight": self.weight.to_json(),
             "act": None if self.act is None else self.act.to_json(),
+            "pairs": None if self.pairs is None else self.pairs.to_json(),
         }
 
     @staticmethod
@@ -90,7 +137,78 @@ class Sensitivity:
             None if data["act"] is None else Table.from_json(data["act"]),
             data["samples"],
             data["seconds"],
+            data["passes"],
+            None if data["pairs"] is None else Interactions.from_json(data["pairs"]),
         )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a proxy scores: a trained FP32 model on some data.
+
+    model        left as it was; BatchNorm runs on its stored statistics
+    layers       those to score, as `adq.quant.layers.trace_layers` finds them
+    bits         widths of weights to score
+    act_bits     widths of layer inputs to score; none for a proxy of weights alone
+    batches      (inputs, targets), as large as memory allows; one counts by its samples
+    loss         (outputs, targets) -> mean loss over a batch
+    scheme       the quantizers
+    ranges       where input quantizers start, for every layer at each of `act_bits`
+    seed         of everything random
+    devices      where to measure, each with a copy of the model; where the model is if none
+    say          called with a line that a user should read
+    """
+
+    model: nn.Module
+    layers: tuple[LayerInfo, ...]
+    bits: tuple[int, ...]
+    batches: Sequence[Batch]
+    loss: Loss
+    act_bits: tuple[int, ...] = ()
+    scheme: Scheme = Scheme()  # noqa: RUF009 (it is frozen)
+    ranges: Ranges = field(default_factory=dict)
+    seed: int = 0
+    devices: tuple[torch.device, ...] = ()
+    say: Callable[[str], None] = print
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def samples(self) -> int:
+        return sum(batch_size(batch) for batch in self.batches)
+
+    def input_quantizers(self, name: str) -> list[nn.Module]:
+        """Input quantizers of a layer at each of `act_bits`, as a candidate would start with."""
+        return [
+            activation_quantizer_for(b, *self.ranges[name, b], self.scheme) for b in self.act_bits
+        ]
+
+    def key(self, settings: Any) -> str:
+        """A hash of all that scores depend on: weights, data, what is scored, a proxy's
+        `settings`. A loss function has no content to hash: a folder of scores is for one loss."""
+        return content_hash(
+            {
+                "settings": settings,
+                "weights": dict(self.model.state_dict()),
+                "batches": list(self.batches),
+                "layers": self.names,
+                "bits": (self.bits, self.act_bits),
+                "scheme": asdict(self.scheme),
+                "ranges": sorted(self.ranges.items()),
+                "seed": self.seed,
+            }
+        )
+
+
+class Proxy(Protocol):
+    """Settings, as a frozen dataclass, and a measurement; several scores where they come from the
+    same passes over the data."""
+
+    def measure(self, subject: Subject, work: Work) -> list[Sensitivity]:
+        """Raises InputError for a model or data that it cannot score."""
+        ...
 
 
 def quantization_errors(

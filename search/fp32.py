@@ -1,6 +1,5 @@
 """The FP32 model: loaded or trained once, kept by a content key, measured."""
 
-import hashlib
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from adq.quant.batches import seeded, take_samples
+from adq.quant.digest import content_hash
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.files import atomic_path, read_json, write_json, write_tensors
@@ -133,7 +133,7 @@ def content_key(problem: Problem, epochs: int) -> str:
     What the task is (`task_key`), the model's starting weights, and how it is trained.
     """
     config = problem.config
-    return _hash(
+    return content_hash(
         [
             task_key(problem, choices=False),
             sorted(problem.initial_model.state_dict().items()),
@@ -150,7 +150,7 @@ def task_key(problem: Problem, *, choices: bool = True) -> str:
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
     with seeded(problem.config.seed):
         validation = take_samples(task.validation, 256)
-    return _hash(
+    return content_hash(
         [
             task.data_key,
             repr(model),
@@ -167,24 +167,6 @@ def _source(thing: Any) -> str:
         return inspect.getsource(thing)
     except (OSError, TypeError):  # built in, or defined at a prompt
         return str(getattr(thing, "__qualname__", type(thing).__qualname__))
-
-
-def _hash(value: Any) -> str:
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            array = value.detach().cpu().contiguous()
-            add(f"{array.dtype} {tuple(array.shape)}")
-            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, tuple | list):
-            for part in value:
-                add(part)
-        else:
-            digest.update(f"{value!r}\n".encode())
-
-    add(value)
-    return digest.hexdigest()[:16]
 
 
 def load_user_weights(model: nn.Module, path: Path) -> None:

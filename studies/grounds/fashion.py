@@ -1,4 +1,4 @@
-"""Fashion-MNIST, a small CNN and its FP32 weights: the ground that the quantizers are compared on.
+"""Fashion-MNIST, a small CNN and its FP32 weights.
 
 The network is narrow on purpose: at 2 bits plain quantization must cost more than a point of
 accuracy, or nothing could be told apart. One step and one evaluation are cheap on one CPU core.
@@ -6,13 +6,12 @@ accuracy, or nothing could be told apart. One step and one evaluation are cheap 
 
 import gzip
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from grounds.data import Batches, Data
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,21 +25,11 @@ TRAIN_SIZE, VALIDATION_SIZE, TEST_SIZE = 50_000, 10_000, 10_000
 SEED = 0  # of the split and the FP32 training: both are the task's and do not follow a run's seed
 FP32_TRAINING = TrainingConfig(epochs=20, lr=3e-3)
 
-Samples = tuple[Tensor, Tensor]
-"""Images (n, 1, 28, 28) float32, normalised by the training images; labels (n,) int64."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """50,000 training, 10,000 validation and 10,000 test samples."""
-
-    train: Samples
-    validation: Samples
-    test: Samples
-
 
 def load(folder: Path = FOLDER) -> Data:
-    """Raises InputError when a file is missing or is not the IDX file that it should be."""
+    """50,000 training, 10,000 validation and 10,000 test samples.
+
+    Raises InputError when a file is missing or is not the IDX file that it should be."""
     rest = TRAIN_SIZE + VALIDATION_SIZE
     images = read_idx(folder / "train-images-idx3-ubyte.gz", (rest, 28, 28))
     labels = read_idx(folder / "train-labels-idx1-ubyte.gz", (rest,)).long()
@@ -73,35 +62,6 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     if not content.startswith(header) or len(content) != len(header) + prod(shape):
         raise InputError(f"{path}: expected an IDX file of {shape} unsigned bytes")
     return torch.frombuffer(bytearray(content[len(header) :]), dtype=torch.uint8).reshape(shape)
-
-
-class Batches:
-    """Shuffled batches, each image mirrored with probability 1/2; the last one may be short.
-
-    Order and mirroring come from torch's global random state, which the training loop seeds for
-    each epoch. With `steps`, a pass ends after that many batches: a fresh random part each time.
-    """
-
-    def __init__(self, samples: Samples, size: int = 128, steps: int | None = None) -> None:
-        self.images, self.labels = samples
-        self.size = size
-        full = -(-len(self.labels) // size)
-        self.steps = full if steps is None else min(steps, full)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Samples]:
-        order = torch.randperm(len(self.labels))
-        for index in order.split(self.size)[: self.steps]:
-            images = self.images[index]
-            mirrored = torch.rand(len(index), 1, 1, 1) < 0.5
-            yield torch.where(mirrored, images.flip(3), images), self.labels[index]
-
-
-def in_order(samples: Samples, size: int = 1000) -> list[Samples]:
-    """Batches for evaluation."""
-    return list(zip(samples[0].split(size), samples[1].split(size), strict=True))
 
 
 class Unit(nn.Sequential):
@@ -139,7 +99,7 @@ class Net(nn.Sequential):
 
 def fp32(folder: Path = FOLDER) -> nn.Module:
     """The trained network; trained once, a matter of minutes, and kept in `build`."""
-    path = BUILD / "fp32.safetensors"
+    path = BUILD / "fashion_fp32.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = Net()
