@@ -39,6 +39,7 @@ _TYPES = {
     "share": float,
     "weight-bits": str,
     "act-bits": str,
+    "ties": str,
 }
 
 Name = Annotated[str, typer.Argument(help="the study's name, or the path of its folder")]
@@ -206,18 +207,27 @@ def pareto(
 @app.command()
 @_with_study_options
 def sensitivity(
-    context: typer.Context, config: ConfigFile = None, as_json: Json = False, **values: Any
+    context: typer.Context,
+    file: Annotated[
+        str | None, typer.Argument(help="also write the scores, as .csv, .json or .png")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: Json = False,
+    **values: Any,
 ) -> None:
     """Measure how much each layer suffers at each bit-width, without a search."""
     import tempfile
 
     from adq.quant.batches import threads
+    from adq.quant.files import atomic_path
     from adq.search.folder import StudyFolder
     from adq.search.fp32 import fp32_model
     from adq.search.problem import make_problem
-    from adq.search.sensitivity import SCHEMA, rows, sensitivities
+    from adq.search.sensitivity import SCHEMA, rows, sensitivities, to_csv
     from adq.search.task import load_task
 
+    if file is not None and not file.endswith((".csv", ".json", ".png")):
+        raise InputError(f"expected a file that ends in .csv, .json or .png, got {file!r}")
     values["out"] = _out(context, values["out"]) if values["out"] or context.obj else None
     resolved = make_config(read_toml(config) if config else {}, values)
     with redirect_stdout(sys.stderr):
@@ -232,8 +242,18 @@ def sensitivity(
         folder = StudyFolder(Path(path))
         model = fp32_model(problem, folder, observer).model
         found = sensitivities(problem, model, folder, observer)
+    as_text = json.dumps({"schema": SCHEMA, "proxies": [s.to_json() for s in found]}, indent=1)
+    if file is not None:
+        if file.endswith(".png"):
+            from adq.search.report.charts import sensitivity_picture
+
+            content = sensitivity_picture(found)
+        else:
+            content = (to_csv(found) if file.endswith(".csv") else as_text + "\n").encode()
+        with atomic_path(Path(file)) as temporary:
+            temporary.write_bytes(content)
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "proxies": [s.to_json() for s in found]}, indent=1))
+        print(as_text)
         return
     print("expected loss increase when one layer alone is quantized, ± standard error")
     for proxy in found:
@@ -308,13 +328,26 @@ def _observer() -> "Iterator[Observer]":
     from adq.console import BarObserver, PlainObserver
 
     console = Console(stderr=True)
-    # what a user's code prints is no result of ours
-    with redirect_stdout(sys.stderr):
+    # what a user's code prints is no result of ours, nor what the solver's C++ does
+    with redirect_stdout(sys.stderr), _descriptor_to_stderr():
         if console.is_terminal:
             with BarObserver(console) as observer:
                 yield observer
         else:
             yield PlainObserver()
+
+
+@contextmanager
+def _descriptor_to_stderr() -> Iterator[None]:
+    """Send what is written to the process's standard output, past Python, to standard error."""
+    stdout, stderr = 1, 2
+    kept = os.dup(stdout)
+    os.dup2(stderr, stdout)
+    try:
+        yield
+    finally:
+        os.dup2(kept, stdout)
+        os.close(kept)
 
 
 def _print_front(front: "Front", as_json: bool) -> None:

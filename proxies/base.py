@@ -7,7 +7,7 @@ left out: at a trained minimum it vanishes on average, and its sign says nothing
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
 from adq.quant.rows import Rows, rows_of
 from adq.quant.scheme import Scheme
+from adq.quant.spec import BitVector
 
 Array = npt.NDArray[np.float64]
 
@@ -170,6 +171,16 @@ class Subject:
     seed: int = 0
     devices: tuple[torch.device, ...] = ()
     say: Callable[[str], None] = print
+    kept: dict[Any, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def errors(self) -> list[Tensor]:
+        """`layer_errors` of the layers at `bits`, worked out once for all proxies that are asked
+        about this subject, or about a `dataclasses.replace` of it."""
+        about = (id(self.model), self.names, self.bits, self.scheme)
+        if about not in self.kept:
+            self.kept[about] = layer_errors(self.model, self.names, self.bits, self.scheme)
+        return self.kept[about]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,6 +220,90 @@ class Proxy(Protocol):
     def measure(self, subject: Subject, work: Work) -> list[Sensitivity]:
         """Raises InputError for a model or data that it cannot score."""
         ...
+
+
+def predicted(found: Sensitivity, bits: BitVector) -> float:
+    """What a proxy expects a bit vector to lose: the sum of the monotone scores of all its layers,
+    of their inputs, and of what pairs add."""
+    total = _summed(found.weight, bits.weight)
+    if found.act is not None:
+        total += _summed(found.act, bits.act)
+    if found.pairs is not None:
+        columns = [found.pairs.bits.index(bits.weight[name]) for name in found.pairs.layers]
+        rows = range(len(columns))
+        total += float(found.pairs.value[rows, columns][:, rows, columns].sum()) / 2
+    return total
+
+
+def _summed(table: Table, bits: Mapping[str, int]) -> float:
+    score = table.monotone()
+    rows = enumerate(table.layers)
+    return float(sum(score[i, table.bits.index(bits[name])] for i, name in rows if name in bits))
+
+
+def aligned(found: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Several proxies on the same layers and bits, each scaled to their common size: the geometric
+    mean of what they expect all layers at the fewest bits to lose. Proxies agree better on
+    proportions than on sizes. One without input scores gets the mean of the others'. Proxies that
+    score zero everywhere are left out, but for the first where all do."""
+    sizes = [float(s.weight.monotone()[:, np.argmin(s.weight.bits)].sum()) for s in found]
+    heard = [(s, size) for s, size in zip(found, sizes, strict=True) if size > 0]
+    if not heard:
+        return [found[0]]
+    common = float(np.exp(np.mean(np.log([size for _, size in heard]))))
+    scaled = [_times(s, common / size) for s, size in heard]
+    acts = [s.act for s in scaled if s.act is not None]
+    act = _mean(acts) if acts else None
+    return [s if s.act is not None else replace(s, act=act) for s in scaled]
+
+
+def combined(found: Sequence[Sensitivity]) -> Sensitivity:
+    """The mean of the proxies, `aligned`. What pairs add is left out."""
+    scaled = aligned(found)
+    acts = [s.act for s in scaled if s.act is not None]
+    return Sensitivity(
+        "combined",
+        _mean([s.weight for s in scaled]),
+        _mean(acts) if acts else None,
+        min(s.samples for s in scaled),
+        sum(s.seconds for s in scaled),
+        sum(s.passes for s in scaled),
+    )
+
+
+def _times(s: Sensitivity, factor: float) -> Sensitivity:
+    def table(t: Table) -> Table:
+        return replace(t, score=factor * t.score, stderr=factor * t.stderr)
+
+    pairs = s.pairs
+    if pairs is not None:
+        pairs = replace(pairs, value=factor * pairs.value, stderr=factor * pairs.stderr)
+    return replace(
+        s, weight=table(s.weight), act=None if s.act is None else table(s.act), pairs=pairs
+    )
+
+
+def _mean(tables: Sequence[Table]) -> Table:
+    """Of the monotone tables; the errors of different proxies are taken as independent."""
+    score = np.mean([t.monotone() for t in tables], axis=0)
+    stderr = np.sqrt(np.sum([t.stderr**2 for t in tables], axis=0)) / len(tables)
+    return replace(tables[0], score=score, stderr=stderr)
+
+
+def mean_of_parts(values: Sequence[Array], counts: Sequence[int]) -> tuple[Array, Array]:
+    """The mean over all samples from the means over parts of `counts` samples, and its standard
+    error from the spread of the parts: √(Σ w_p² (v_p − v̄)² · P/(P − 1)), w_p the share of part p.
+
+    Both have the shape of a part; a single part has no known spread, and the error is nan.
+    """
+    stacked, share = np.stack(values), np.asarray(counts) / np.sum(counts)
+    share = share.reshape(-1, *[1] * (stacked.ndim - 1))
+    mean = (share * stacked).sum(axis=0)
+    parts = len(values)
+    if parts < 2:
+        return mean, np.full_like(mean, np.nan)
+    squares = (share**2 * (stacked - mean) ** 2).sum(axis=0)
+    return mean, np.sqrt(squares * parts / (parts - 1))
 
 
 def quantization_errors(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from adq.proxies.latency import LatencyModel
-from adq.quant.export.packed import input_bytes, rest_bytes, weight_bytes
+from adq.quant.errors import InputError
+from adq.quant.export.packed import PackedSize
 from adq.quant.layers import LayerInfo
 from adq.quant.spec import FP32_BITS, BitVector
 
@@ -29,8 +30,7 @@ class Costs:
     average_bits           Σ n_l·b_l / Σ n_l over the weights of all quantized layers
     average_bits_searched  the same over the layers whose bits were free, the pinned ones left out
     average_act_bits       input bits weighted by MACs, over all quantized layers (FP32 counts 32)
-    size_bytes             tensor bytes of the packed file: codes, codebooks, scales, thresholds,
-                           and everything that stays in FP32
+    size_bytes             bytes of the packed file on the disk, header included (`PackedSize`)
     bops                   Σ MACs_l · b_l · a_l per sample (an FP32 input counts 32 bits)
     latency_s              seconds per sample on a device; None where no latency model was given
     """
@@ -49,6 +49,8 @@ class CostModel:
     `searched` names the layers whose bits are free; it matters for one of the averages only.
     `group_size` weights share a scale, see `adq.quant.rows.rows_of`. `latency` must never say that
     more bits take less time (see `adq.proxies.latency.RunWider`).
+
+    Raises InputError for a `group_size` that divides no layer's rows.
     """
 
     def __init__(
@@ -63,8 +65,15 @@ class CostModel:
         self.names = COST_NAMES + (() if latency is None else ("latency_s",))
         self.layers = {layer.name: layer for layer in layers}
         self.searched = frozenset(searched)
-        self.fixed_bytes = rest_bytes(model, set(self.layers))
+        _check_group_size(group_size, layers)
+        own = {f"{name}.weight" for name in self.layers}
+        self.size = PackedSize(
+            {layer.name: (layer.weight_numel, layer.scales(group_size)) for layer in layers},
+            {key: value for key, value in model.state_dict().items() if key not in own},
+        )
         self.weight_numel = sum(layer.weight_numel for layer in layers)
+        self.macs = sum(layer.macs for layer in layers)
+        """Multiply-accumulates per sample, the same for every bit vector."""
 
     def layer_terms(self, name: str, weight: int, act: int | None) -> dict[str, int]:
         """One layer's share of each cost, as integers: `average_bits` in total bits of weights,
@@ -72,8 +81,7 @@ class CostModel:
         layer = self.layers[name]
         terms = {
             "average_bits": layer.weight_numel * weight,
-            "size_bytes": weight_bytes(layer.weight_numel, layer.scales(self.group_size), weight)
-            + input_bytes(act),
+            "size_bytes": self.size.layer_bytes(name, weight, act),
             "bops": layer.macs * weight * (FP32_BITS if act is None else act),
         }
         if self.latency is not None:
@@ -90,7 +98,7 @@ class CostModel:
         for name, value in budget.items():
             total = value * self.weight_numel if name == "average_bits" else value
             if name == "size_bytes":
-                total -= self.fixed_bytes
+                total -= self.size.fixed_bytes
             if name == "latency_s":
                 total *= PER_SECOND
             out[name] = math.floor(total + 1e-9 * max(1.0, abs(total)))
@@ -109,15 +117,23 @@ class CostModel:
         searched = [self.layers[name] for name in self.layers if name in self.searched]
         searched_bits = sum(layer.weight_numel * bits.weight[layer.name] for layer in searched)
         searched_numel = sum(layer.weight_numel for layer in searched)
-        macs = sum(layer.macs for layer in self.layers.values())
         act_bits = sum(
             layer.macs * bits.act.get(layer.name, FP32_BITS) for layer in self.layers.values()
         )
         return Costs(
             average_bits=totals["average_bits"] / self.weight_numel,
             average_bits_searched=searched_bits / searched_numel,
-            average_act_bits=act_bits / macs,
-            size_bytes=totals["size_bytes"] + self.fixed_bytes,
+            average_act_bits=act_bits / self.macs,
+            size_bytes=totals["size_bytes"] + self.size.fixed_bytes,
             bops=totals["bops"],
             latency_s=None if self.latency is None else totals["latency_s"] / PER_SECOND,
+        )
+
+
+def _check_group_size(group_size: int | None, layers: Sequence[LayerInfo]) -> None:
+    rows = sorted({layer.weight_numel // layer.out_channels for layer in layers})
+    if group_size is not None and all(row % group_size for row in rows):
+        raise InputError(
+            f"group-size {group_size} divides no layer's rows, which have "
+            f"{', '.join(map(str, rows))} weights: give a divisor of one of them"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -32,15 +33,19 @@ class Work:
     def __init__(self, kept: Path | None = None, devices: Sequence[torch.device] = ()) -> None:
         self.kept, self.devices = kept, tuple(devices)
         self._known = {} if kept is None else _read(kept)
+        self._lock = Lock()
 
-    def parts(self, model: nn.Module, count: int, compute: Part) -> Iterator[Array]:
-        """The results of parts 0 to `count` − 1, in order.
+    def parts(self, model: nn.Module, count: int, compute: Part, first: int = 0) -> Iterator[Array]:
+        """The results of `count` parts, in order; their numbers start at `first`.
 
         Whoever stops iterating early stops the work: on several devices a few parts more may have
         been computed by then.
         """
+        numbers = range(first, first + count)
         if len(self.devices) < 2:
-            for part in range(count):
+            for device in self.devices:
+                model = copy.deepcopy(model).to(device)
+            for part in numbers:
                 yield (
                     self._known[part]
                     if part in self._known
@@ -51,33 +56,33 @@ class Work:
         for device in self.devices:
             replicas.put(copy.deepcopy(model).to(device))
 
-        def run(part: int) -> Array:
+        def run(part: int) -> None:
             replica = replicas.get()
             try:
-                return compute(replica, part)
+                self._keep(part, compute(replica, part))
             finally:
                 replicas.put(replica)
 
         pool = ThreadPoolExecutor(len(self.devices))
         try:
-            futures: dict[int, Future[Array]] = {}
-            for part in range(count):
-                ahead = range(part, min(count, part + len(self.devices)))
-                for other in ahead:
+            futures: dict[int, Future[None]] = {}
+            for part in numbers:
+                for other in range(part, min(numbers.stop, part + len(self.devices))):
                     if other not in self._known and other not in futures:
                         futures[other] = pool.submit(run, other)
-                if part not in self._known:
-                    self._keep(part, futures.pop(part).result())
+                if part in futures:
+                    futures.pop(part).result()
                 yield self._known[part]
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _keep(self, part: int, result: Array) -> Array:
-        self._known[part] = result
-        if self.kept is not None:
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            with self.kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": part, "result": result.tolist()}) + "\n")
+        with self._lock:
+            self._known[part] = result
+            if self.kept is not None:
+                self.kept.parent.mkdir(parents=True, exist_ok=True)
+                with self.kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"part": part, "result": result.tolist()}) + "\n")
         return result
 
 
@@ -90,6 +95,8 @@ def _read(path: Path) -> dict[int, Array]:
     with path.open("rb") as file:
         for line in file:
             try:
+                if not line.endswith(b"\n"):
+                    break
                 entry = json.loads(line)
                 found[entry["part"]] = np.array(entry["result"], dtype=np.float64)
             except (ValueError, KeyError, TypeError):

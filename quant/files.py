@@ -34,8 +34,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file; tensors that share memory are stored once for each name."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], size_bytes: int = 0
+) -> None:
+    """A safetensors file; tensors that share memory are stored once for each name.
+
+    A file smaller than `size_bytes` is brought to it by spaces after the header's JSON, which the
+    format allows; keep the header a multiple of 8 bytes.
+    """
     own = {}
     seen: set[int] = set()
     for key, value in tensors.items():
@@ -45,8 +51,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with atomic_path(path) as temporary:
         try:
             save_file(own, temporary, metadata)
+            _pad_header(temporary, size_bytes)
         except SafetensorError as error:  # how safetensors reports what the disk refuses
             raise InputError(f"cannot write {path}: {error}") from None
+
+
+def _pad_header(path: Path, size_bytes: int) -> None:
+    missing = size_bytes - path.stat().st_size
+    if missing > 0:
+        content = memoryview(path.read_bytes())
+        length = int.from_bytes(content[:8], "little")
+        widened = (length + missing).to_bytes(8, "little")
+        with open(path, "wb") as file:
+            file.writelines((widened, content[8 : 8 + length], b" " * missing))
+            file.write(content[8 + length :])
 
 
 def write_text(path: Path, text: str) -> None:

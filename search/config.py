@@ -32,8 +32,21 @@ IN_PYTHON = "python"
 
 AMPS = ("auto", "off", "bf16", "fp16")
 BATCHNORM = ("reestimate", "keep")
+PROXIES = (
+    "gauss-newton",
+    "hessian",
+    "fisher",
+    "gauss-newton-trace",
+    "empirical-fisher",
+    "output-gradient",
+    "loss",
+    "kl",
+    "pairwise",
+)
+WEIGHT_PROXIES = ("hessian",)
+"""Those that say nothing of inputs."""
 
-Kind = Literal["text", "whole", "number", "share", "weight-bits", "act-bits"]
+Kind = Literal["text", "whole", "number", "share", "weight-bits", "act-bits", "ties"]
 
 
 def _option(default: Any, kind: Kind, text: str, low: float = -math.inf) -> Any:
@@ -72,6 +85,15 @@ class StudyConfig:
     )
     first_last_bits: int = _option(
         8, "whole", "bits of the first and last layer; 0 searches them like the others", 0
+    )
+    ties: str = _option(
+        "auto",
+        "ties",
+        "layers that share their bits: auto (found where outputs are added or joined, and where "
+        "Linear layers read one input), none, or groups like a.conv=a.shortcut,b=c=d",
+    )
+    proxies: str = _option(
+        "gauss-newton,hessian", "text", f"scores to start the search from: {', '.join(PROXIES)}"
     )
     trials: int = _option(24, "whole", "candidates to train", 1)
     epochs: int = _option(3, "whole", "epochs of each candidate's fine-tuning", 0)
@@ -122,6 +144,11 @@ class StudyConfig:
             raise InputError(
                 f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {self.optimizer!r}"
             )
+        names = self.proxy_names
+        if unknown := [name for name in names if name not in PROXIES]:
+            raise InputError(f"proxies: expected some of {', '.join(PROXIES)}, got {unknown[0]!r}")
+        if len(set(names)) < len(names):
+            raise InputError(f"proxies: expected each once, got {self.proxies!r}")
         for name, words in (("amp", AMPS), ("batchnorm", BATCHNORM)):
             value = getattr(self, name)
             if value not in words:
@@ -153,6 +180,10 @@ class StudyConfig:
         return Budget(
             self.budget_bits, self.budget_size_mb, self.budget_gbops, self.budget_latency_ms
         )
+
+    @property
+    def proxy_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.proxies.split(","))
 
     @property
     def scheme(self) -> Scheme:
@@ -248,6 +279,10 @@ def _checked(f: "Field[Any]", value: Any, where: str) -> Any:
         if type(value) in (int, float) and math.isfinite(value) and value > max(low, 0):
             return float(value)
         wanted = "a positive number"
+    elif kind == "ties":
+        text, wanted = _ties(value)
+        if not wanted:
+            return text
     elif kind == "share":
         if type(value) in (int, float) and 0 <= value <= 1:
             return float(value)
@@ -264,6 +299,35 @@ def _checked(f: "Field[Any]", value: Any, where: str) -> Any:
             + ", like 2,4,8"
         )
     raise InputError(f"{where}: expected {wanted}, got {value!r}")
+
+
+def tie_groups(text: str) -> list[list[str]]:
+    """The layer names of `a=b,c=d=e`, group by group."""
+    return [[name.strip() for name in group.split("=")] for group in text.split(",")]
+
+
+def _ties(value: Any) -> tuple[str, str]:
+    """(`auto`, `none` or groups as text, what was expected instead: nothing if all is well)."""
+    if value in ("auto", "none"):
+        return value, ""
+    wanted = "auto, none, or groups of layers, like a.conv=a.shortcut,b=c=d"
+    groups = tie_groups(value) if isinstance(value, str) else value
+    if not isinstance(groups, list | tuple):
+        return "", wanted
+    if not all(isinstance(g, list | tuple) and all(type(n) is str for n in g) for g in groups):
+        return "", wanted
+    if not groups:
+        return "none", ""
+    text = ",".join("=".join(group) for group in groups)
+    # an empty name, or one that the text cannot hold
+    if not all(map(all, groups)) or tie_groups(text) != [list(group) for group in groups]:
+        return "", wanted
+    names = [name for group in groups for name in group]
+    if alone := next((group for group in groups if len(group) < 2), None):
+        return "", f"at least two layers in a group ({alone[0]!r} is alone)"
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        return "", f"each layer once ({twice!r} is there twice)"
+    return text, ""
 
 
 def _bit_list(value: Any) -> tuple[int, ...] | None:

@@ -1,9 +1,11 @@
 """Seeds: exact solutions of the multiple-choice knapsack along the budget range.
 
-    min Σ_l S[l, o_l]   such that   Σ_l cost_c[l, o_l] <= limit_c for every limited cost c,
+    min Σ_l S[l, o_l] + Σ_{i<j} Q_ij[o_i, o_j]
+    such that Σ_l cost_c[l, o_l] <= limit_c for every limited cost c,
 
-one option o_l a layer. Solved as an integer program by HiGHS (scipy), exactly: no relative gap is
-left, and since a solver's feasibility tolerance is not a budget, limits are checked in integers.
+one option o_l a layer; Q, what pairs of layers add (CLADO, arXiv 2307.05657), may be left out.
+Solved as an integer program by HiGHS (scipy), exactly: no relative gap is left, and since a
+solver's feasibility tolerance is not a budget, limits are checked in integers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,27 +14,47 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import block_diag, csr_array, eye_array, hstack, kron, vstack
 
-Scores = Sequence[npt.NDArray[np.float64]]
+Array = npt.NDArray[np.float64]
+Scores = Sequence[Array]
 Terms = Sequence[Sequence[Mapping[str, int]]]
+Pairs = Mapping[tuple[int, int], Array]
+"""(i, j), i < j -> Q_ij of shape (options of i, options of j)."""
 
 
-def solve(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> list[int] | None:
+def solve(
+    scores: Scores, terms: Terms, limits: Mapping[str, int], pairs: Pairs | None = None
+) -> list[int] | None:
     """The option index of each layer that minimises the summed score within the limits.
 
-    `scores[l][o]` and `terms[l][o][cost]` belong to option o of layer l. Scores are taken relative
-    to each layer's best and scaled to the largest, so that their unit does not matter. None when
-    no choice meets the limits.
+    `scores[l][o]` and `terms[l][o][cost]` belong to option o of layer l. The unit of scores and
+    pairs does not matter (`unitless`). None when no choice meets the limits.
+
+    A product z_ia z_jb of two layers' binary choices becomes a variable y_ia,jb in [0, 1] with
+    Σ_b y_ia,jb = z_ia and Σ_a y_ia,jb = z_jb; with binary z it can be nothing but the product.
     """
     sizes = [len(s) for s in scores]
     starts = np.cumsum([0, *sizes])
-    relative = np.concatenate([np.asarray(s, dtype=np.float64) - np.min(s) for s in scores])
-    largest = relative.max()
-    objective = relative / largest * 1e4 if largest > 0 else relative
-    one_each = np.zeros((len(sizes), starts[-1]))
-    for layer, (a, b) in enumerate(pairwise(starts)):
-        one_each[layer, a:b] = 1
-    constraints = [LinearConstraint(one_each, 1, 1)]
+    choices = starts[-1]
+    # a constant array prefers nothing
+    coupled = {pair: q for pair, q in (pairs or {}).items() if np.ptp(q) > 0}
+    objective = unitless([*scores, *coupled.values()])
+
+    def over_choices(rows: npt.ArrayLike) -> csr_array:
+        z = csr_array(rows)
+        return hstack([z, csr_array((z.shape[0], len(objective) - choices))])
+
+    one_each = block_diag([np.ones((1, size)) for size in sizes])
+    constraints = [LinearConstraint(over_choices(one_each), 1, 1)]
+    if coupled:
+        ends = [np.arange(starts[layer], starts[layer + 1]) for pair in coupled for layer in pair]
+        marginals = [
+            vstack([kron(eye_array(a), np.ones((1, b))), kron(np.ones((1, a)), eye_array(b))])
+            for a, b in (q.shape for q in coupled.values())
+        ]
+        z = eye_array(choices, format="csr")[np.concatenate(ends)]
+        constraints.append(LinearConstraint(hstack([-z, block_diag(marginals)]), 0, 0))
     for name, limit in limits.items():
         # relative to each layer's cheapest option: the solver then sees the differences alone
         cheapest = [min(term[name] for term in layer) for layer in terms]
@@ -41,13 +63,12 @@ def solve(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> list[int] 
             dtype=np.float64,
         )
         unit = max(row.max(), 1.0)
-        constraints.append(
-            LinearConstraint(row[None] / unit, -np.inf, (limit - sum(cheapest)) / unit)
-        )
+        room = (limit - sum(cheapest)) / unit
+        constraints.append(LinearConstraint(over_choices(row[None] / unit), -np.inf, room))
     while True:
         result = milp(
             objective,
-            integrality=np.ones(starts[-1]),
+            integrality=np.arange(len(objective)) < choices,
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={"mip_rel_gap": 0},
@@ -70,7 +91,21 @@ def solve(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> list[int] 
                 for layer, o in zip(terms, chosen, strict=True)
                 for term in layer
             ]
-            constraints.append(LinearConstraint(np.array([as_dear]), -np.inf, len(sizes) - 1))
+            constraints.append(
+                LinearConstraint(over_choices(np.array([as_dear])), -np.inf, len(sizes) - 1)
+            )
+
+
+def unitless(arrays: Sequence[Array]) -> Array:
+    """All entries in one row, each array relative to its least, on a grid from 0 to 2¹³.
+
+    The steps, 2⁻³³ of the largest entry, are as fine as the solver's absolute gap (10⁻⁶), and
+    coarse enough that another unit, which moves last bits, gives the same numbers. Not decimal:
+    scores that are short decimals would lie half-way between two of its steps.
+    """
+    row = np.concatenate([np.ravel(a).astype(np.float64) - np.min(a) for a in arrays])
+    largest = row.max()
+    return np.rint(row / largest * 2**33) / 2**20 if largest > 0 else row
 
 
 def sweep(
@@ -79,6 +114,7 @@ def sweep(
     limits: Mapping[str, int],
     smallest: Mapping[str, int],
     points: int,
+    pairs: Pairs | None = None,
 ) -> list[list[int]]:
     """Solutions at `points` evenly spaced budgets, from the full limits down towards `smallest`.
 
@@ -92,7 +128,7 @@ def sweep(
             name: smallest[name] + int((limit - smallest[name]) * i / points)
             for name, limit in limits.items()
         }
-        solution = solve(scores, terms, at)
+        solution = solve(scores, terms, at, pairs)
         if solution is not None and solution not in found:
             found.append(solution)
     return found

@@ -1,6 +1,7 @@
 """What is searched, worked out before anything is trained: layers, choices, costs, limits."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +10,16 @@ from torch import nn
 
 from adq.proxies.costs import CostModel
 from adq.proxies.latency import RunWider
+from adq.proxies.ties import trace_ties
 from adq.quant.attention import expose_attention_
 from adq.quant.batches import Batch, batch_size, seeded, take_samples, to_device
 from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
 from adq.search.budget import check_reachable
-from adq.search.config import StudyConfig
+from adq.search.config import StudyConfig, tie_groups
 from adq.search.latency import latency_model
-from adq.search.space import FP32, Space, make_space
+from adq.search.space import Space, make_space
 from adq.search.task import Task, task_call
 
 CALIBRATION_SAMPLES = 512
@@ -57,7 +59,8 @@ class Problem:
 
     def input_ranges(self, fp32: nn.Module) -> Ranges:
         """Where the input quantizers of every choice start, from the FP32 model's inputs."""
-        act = {layer.name: [b for b in layer.act if b != FP32] for layer in self.space.layers}
+        options = self.space.bit_options.items()
+        act = {name: sorted({a for _, a in pairs if a is not None}) for name, pairs in options}
         wanted = {name: bits for name, bits in act.items() if bits}
         return input_ranges(fp32, wanted, self.calibration, self.config.scheme.act)
 
@@ -75,8 +78,8 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
 
     A study must have a budget; measuring alone (`budgeted=False`) needs none.
 
-    Raises InputError for a device that is not there, a task whose code fails, or a budget outside
-    the reachable range.
+    Raises InputError for a device that is not there, a task whose code fails, ties of layers that
+    are not there, or a budget outside the reachable range.
     """
     device = pick_device(config.device)
     limits = config.budget.limits() if budgeted else {}
@@ -102,12 +105,20 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     model, calibration = task_call(config.task, "building the model and first batches", build)
     if not calibration:
         raise InputError(f"task {config.task!r}: the training batches are empty")
-    layers = task_call(
-        config.task,
-        "a forward pass",
-        lambda: trace_layers(model, to_device(take_samples(calibration, 2)[0][0], device)),
-    )
-    space = make_space(layers, config.bits, config.act_bits, config.first_last_bits)
+
+    def inputs() -> Any:
+        return to_device(take_samples(calibration, 2)[0][0], device)
+
+    layers = task_call(config.task, "a forward pass", lambda: trace_layers(model, inputs()))
+    if config.ties == "auto":
+        ties = task_call(
+            config.task,
+            "tracing tied layers (not with --ties none)",
+            lambda: trace_ties(model, inputs(), layers),
+        )
+    else:
+        ties = given_ties(config.ties, [layer.name for layer in layers])
+    space = make_space(layers, config.bits, config.act_bits, config.first_last_bits, ties)
     if space.size == 1:
         raise InputError("bits, act-bits: a single choice leaves nothing to search")
     searched = space.searched or tuple(layer.name for layer in layers)
@@ -125,6 +136,17 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     return Problem(
         config, task, device, model, layers, space, costs, limits, objectives, calibration
     )
+
+
+def given_ties(text: str, layers: Sequence[str]) -> list[list[str]]:
+    """The groups of `--ties`; InputError for a name that is none of the layers'."""
+    groups = [] if text == "none" else tie_groups(text)
+    for name in (name for group in groups for name in group):
+        if name not in layers:
+            near = difflib.get_close_matches(name, layers, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"ties: {name!r} is not a layer that can be quantized{hint}")
+    return groups
 
 
 def _whole(batches: list[Batch]) -> list[Batch]:

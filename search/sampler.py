@@ -15,7 +15,7 @@ from adq.search.seeds import Point, fits
 from adq.search.space import Option, Space, act_order, option_terms
 
 MUTATIONS = 100
-VISITS = 100_000  # of a tree search that needs at most layers · (trials + 1) of them in practice
+VISITS = 100_000  # of a tree search that needs at most groups · (trials + 1) of them in practice
 
 
 class BudgetSampler(BaseSampler):
@@ -42,12 +42,12 @@ class BudgetSampler(BaseSampler):
         self.space, self.costs, self.limits = space, costs, limits
         self.seeds, self.seed = list(seeds), seed
         self._scores = [
-            dict(zip(layer.options, row.tolist(), strict=True))
-            for layer, row in zip(space.layers, scores, strict=True)
+            dict(zip(group.options, row.tolist(), strict=True))
+            for group, row in zip(space.groups, scores, strict=True)
         ]
         self._terms = [
-            dict(zip(layer.options, row, strict=True))
-            for layer, row in zip(space.layers, option_terms(space, costs), strict=True)
+            dict(zip(group.options, row, strict=True))
+            for group, row in zip(space.groups, option_terms(space, costs), strict=True)
         ]
 
     def infer_relative_search_space(
@@ -66,7 +66,7 @@ class BudgetSampler(BaseSampler):
         if set(params) == set(search_space):
             point = self.space.decode(params)
         else:  # nothing told yet to learn from
-            point = [layer.options[rng.integers(len(layer.options))] for layer in self.space.layers]
+            point = [group.options[rng.integers(len(group.options))] for group in self.space.groups]
         taken = {
             _key(self.space.decode(other.params))
             for other in study.get_trials(deepcopy=False)
@@ -90,8 +90,8 @@ class BudgetSampler(BaseSampler):
             totals = self.costs.totals(self.space.bit_vector(point))
             over = [name for name, limit in self.limits.items() if totals[name] > limit]
             steps = []
-            for i, layer in enumerate(self.space.layers):
-                for lower in _lower(layer.weight, layer.act, point[i]):
+            for i, group in enumerate(self.space.groups):
+                for lower in _lower(group.weight, group.act, point[i]):
                     saved = sum(
                         (self._terms[i][point[i]][name] - self._terms[i][lower][name])
                         / max(1, abs(self.limits[name]))
@@ -100,7 +100,7 @@ class BudgetSampler(BaseSampler):
                     lost = self._scores[i][lower] - self._scores[i][point[i]]
                     if saved > 0:
                         steps.append((lost / saved, i, lower))
-            if not steps:  # an FP32 input takes no bytes: with fewer bits a layer may grow
+            if not steps:  # an FP32 input takes no bytes: with fewer bits a group may grow
                 found = self._any_fresh(set(), np.random.default_rng(self.seed))
                 assert found is not None, "the smallest point was checked to fit"
                 return found
@@ -118,7 +118,7 @@ class BudgetSampler(BaseSampler):
             mutated = list(point)
             changes = 1 + attempt * len(mutated) // MUTATIONS  # wider and wider
             for i in rng.choice(len(mutated), size=changes, replace=False):
-                options = self.space.layers[i].options
+                options = self.space.groups[i].options
                 mutated[i] = options[rng.integers(len(options))]
             found = self.repair(mutated)
         return self._any_fresh(taken, rng) or point
@@ -128,7 +128,7 @@ class BudgetSampler(BaseSampler):
 
         A branch is entered when its cheapest completion is within every limit.
         """
-        least = [dict.fromkeys(self.limits, 0)]  # of the layers from i on
+        least = [dict.fromkeys(self.limits, 0)]  # of the groups from i on
         for terms in reversed(self._terms):
             least.insert(
                 0, {n: least[0][n] + min(t[n] for t in terms.values()) for n in self.limits}
@@ -139,8 +139,8 @@ class BudgetSampler(BaseSampler):
                 break
             chosen, totals = stack.pop()
             i = len(chosen)
-            if i < len(self.space.layers):
-                options = self.space.layers[i].options
+            if i < len(self.space.groups):
+                options = self.space.groups[i].options
                 for option in (options[o] for o in rng.permutation(len(options))):
                     sums = {n: total + self._terms[i][option][n] for n, total in totals.items()}
                     if all(sums[n] + least[i + 1][n] <= limit for n, limit in self.limits.items()):

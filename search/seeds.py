@@ -6,41 +6,41 @@ from itertools import zip_longest
 import numpy as np
 import numpy.typing as npt
 
-from adq.proxies.base import Sensitivity, Table
+from adq.proxies.base import Sensitivity, Table, aligned, combined
 from adq.proxies.costs import CostModel
 from adq.search.knapsack import sweep
+from adq.search.pairs import option_pairs
 from adq.search.space import FP32, Option, Space, option_terms
 
 Point = list[Option]
 
 
 def option_scores(space: Space, weight: Table, act: Table | None) -> list[npt.NDArray[np.float64]]:
-    """For each layer the score of each option, in `LayerChoices.options` order.
+    """For each group the score of each option, in `Choices.options` order.
 
-    The expected loss increases of weights and of inputs add up; an input in FP32 adds none, and
-    neither does any input where no table for inputs is given.
+    The expected loss increases of weights and of inputs add up, and so do those of tied layers; an
+    input in FP32 adds none, and neither does any input where no table for inputs is given.
     """
     weight_score, act_score = weight.monotone(), None if act is None else act.monotone()
-    scores = []
-    for layer in space.layers:
-        row = weight.layers.index(layer.name)
-        values = []
-        for w, a in layer.options:
-            value = weight_score[row, weight.bits.index(w)]
-            if act is not None and act_score is not None and a != FP32:
-                value += act_score[act.layers.index(layer.name), act.bits.index(a)]
-            values.append(value)
-        scores.append(np.array(values))
-    return scores
+
+    def score(name: str, w: int, a: int) -> float:
+        value = float(weight_score[weight.layers.index(name), weight.bits.index(w)])
+        if act is not None and act_score is not None and a != FP32:
+            value += float(act_score[act.layers.index(name), act.bits.index(a)])
+        return value
+
+    return [
+        np.array([sum(score(name, w, a) for name in group.names) for w, a in group.options])
+        for group in space.groups
+    ]
 
 
 def combined_scores(
     space: Space, sensitivities: Sequence[Sensitivity]
 ) -> list[npt.NDArray[np.float64]]:
-    """The mean over the proxies, which share their unit: expected loss increase."""
-    act = next((s.act for s in sensitivities if s.act is not None), None)
-    tables = [option_scores(space, s.weight, act) for s in sensitivities]
-    return [np.mean(rows, axis=0) for rows in zip(*tables, strict=True)]
+    """The mean over the proxies, each scaled to their common size."""
+    mean = combined(sensitivities)
+    return option_scores(space, mean.weight, mean.act)
 
 
 def make_seeds(
@@ -52,23 +52,25 @@ def make_seeds(
 ) -> list[Point]:
     """At most `count` distinct points within the limits, those nearest to the budget first.
 
-    One sweep of exact knapsack solutions per proxy, taken in turns, and the uniform vectors.
+    One sweep of exact knapsack solutions per proxy (quadratic ones where it knows what pairs of
+    layers add), taken in turns, and the uniform vectors.
     """
     terms = option_terms(space, costs)
     smallest = {
-        name: sum(min(option[name] for option in layer) for layer in terms) for name in limits
+        name: sum(min(option[name] for option in group) for group in terms) for name in limits
     }
-    act = next((s.act for s in sensitivities if s.act is not None), None)
-    per_proxy = max(1, count // len(sensitivities))
-    sweeps = [
-        [
-            [layer.options[o] for layer, o in zip(space.layers, solution, strict=True)]
-            for solution in sweep(
-                option_scores(space, s.weight, act), terms, limits, smallest, per_proxy
-            )
-        ]
-        for s in sensitivities
-    ]
+    proxies = aligned(sensitivities)
+    per_proxy = max(1, count // len(proxies))
+    sweeps: list[list[Point]] = []
+    for s in proxies:
+        scores, pairs = option_scores(space, s.weight, s.act), None
+        if s.pairs is not None:
+            own, pairs = option_pairs(space, s.pairs)
+            scores = [score + more for score, more in zip(scores, own, strict=True)]
+        found = sweep(scores, terms, limits, smallest, per_proxy, pairs)
+        sweeps.append(
+            [[g.options[o] for g, o in zip(space.groups, choice, strict=True)] for choice in found]
+        )
     uniform = [space.uniform(b) for b in space.weight_choices]
     seeds: list[Point] = []
     for points in zip_longest(*sweeps, uniform[::-1]):

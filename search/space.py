@@ -1,4 +1,4 @@
-"""The search space: for each layer the bits its weights and its input may get."""
+"""The search space: for each group of tied layers the bits its weights and inputs may get."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,21 @@ from adq.quant.spec import BitVector
 
 FP32 = 0  # the choice "keep this input in FP32"
 Option = tuple[int, int]
-"""(weight bits, input bits) of one layer; input bits 0 stand for FP32."""
+"""(weight bits, input bits) of the layers of one group; input bits 0 stand for FP32."""
 
 
 @dataclass(frozen=True)
-class LayerChoices:
-    name: str
+class Choices:
+    """What one group may get: layers that share their bits, mostly a single one."""
+
+    names: tuple[str, ...]
     weight: tuple[int, ...]
     act: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The first layer's, which stands for the group."""
+        return self.names[0]
 
     @property
     def options(self) -> list[Option]:
@@ -30,86 +37,95 @@ class LayerChoices:
 
 @dataclass(frozen=True)
 class Space:
-    """Choices of every quantized layer, in the order in which the model runs them.
+    """Choices of every quantized layer.
 
-    A point of the space is a list of options, one a layer. As Optuna parameters it reads
-    `weight:LAYER` and `act:LAYER` with the bits themselves as values; layers without a choice
-    have no parameter.
+    `layers` are in the order in which the model runs them, and so are `groups`, by their first
+    layers. A point of the space is a list of options, one a group. As Optuna parameters it reads
+    `weight:LAYER` and `act:LAYER`, LAYER being the group's first, with the bits themselves as
+    values; groups without a choice have no parameter.
     """
 
-    layers: tuple[LayerChoices, ...]
+    layers: tuple[str, ...]
+    groups: tuple[Choices, ...]
 
     @property
     def searched(self) -> tuple[str, ...]:
         """Names of the layers whose weight bits are free."""
-        return tuple(layer.name for layer in self.layers if len(layer.weight) > 1)
+        free = {name for group in self.groups if len(group.weight) > 1 for name in group.names}
+        return tuple(name for name in self.layers if name in free)
 
     @property
     def weight_choices(self) -> tuple[int, ...]:
         """The weight bits that a layer which is not pinned may get, fewest first."""
-        free = (layer for layer in self.layers if len(layer.weight) * len(layer.act) > 1)
-        return tuple(sorted({bits for layer in free for bits in layer.weight}))
+        free = (group for group in self.groups if len(group.weight) * len(group.act) > 1)
+        return tuple(sorted({bits for group in free for bits in group.weight}))
 
     @property
     def size(self) -> int:
-        return prod(len(layer.weight) * len(layer.act) for layer in self.layers)
+        return prod(len(group.weight) * len(group.act) for group in self.groups)
 
     @property
     def bit_options(self) -> dict[str, list[tuple[int, int | None]]]:
         """Layer name -> its (weight bits, input bits), with None for FP32."""
         return {
-            layer.name: [(w, None if a == FP32 else a) for w, a in layer.options]
-            for layer in self.layers
+            name: [(w, None if a == FP32 else a) for w, a in group.options]
+            for group in self.groups
+            for name in group.names
         }
 
     def distributions(self) -> dict[str, CategoricalDistribution]:
         found: dict[str, CategoricalDistribution] = {}
-        for layer in self.layers:
-            for kind, choices in (("weight", layer.weight), ("act", layer.act)):
+        for group in self.groups:
+            for kind, choices in (("weight", group.weight), ("act", group.act)):
                 if len(choices) > 1:
-                    found[f"{kind}:{layer.name}"] = CategoricalDistribution(choices)
+                    found[f"{kind}:{group.name}"] = CategoricalDistribution(choices)
         return found
 
     def encode(self, point: Sequence[Option]) -> dict[str, int]:
         """The Optuna parameters of a point."""
         names = self.distributions()
         values: dict[str, int] = {}
-        for layer, (weight, act) in zip(self.layers, point, strict=True):
-            values |= {f"weight:{layer.name}": weight, f"act:{layer.name}": act}
+        for group, (weight, act) in zip(self.groups, point, strict=True):
+            values |= {f"weight:{group.name}": weight, f"act:{group.name}": act}
         return {name: values[name] for name in names}
 
     def decode(self, params: Mapping[str, int]) -> list[Option]:
         """The inverse of `encode`."""
         return [
             (
-                params.get(f"weight:{layer.name}", layer.weight[0]),
-                params.get(f"act:{layer.name}", layer.act[0]),
+                params.get(f"weight:{group.name}", group.weight[0]),
+                params.get(f"act:{group.name}", group.act[0]),
             )
-            for layer in self.layers
+            for group in self.groups
         ]
 
     def bit_vector(self, point: Sequence[Option]) -> BitVector:
-        names = [layer.name for layer in self.layers]
+        """The bits of every layer, in the model's order."""
+        bits = {
+            name: option
+            for group, option in zip(self.groups, point, strict=True)
+            for name in group.names
+        }
         return BitVector(
-            {name: weight for name, (weight, _) in zip(names, point, strict=True)},
-            {name: act for name, (_, act) in zip(names, point, strict=True) if act != FP32},
+            {name: bits[name][0] for name in self.layers},
+            {name: bits[name][1] for name in self.layers if bits[name][1] != FP32},
         )
 
     def uniform(self, weight: int) -> list[Option]:
         """`weight` bits wherever they are free, and the most input bits of each layer."""
         return [
             (
-                weight if len(layer.weight) > 1 else layer.weight[0],
-                max(layer.act, key=act_order),
+                weight if len(group.weight) > 1 else group.weight[0],
+                max(group.act, key=act_order),
             )
-            for layer in self.layers
+            for group in self.groups
         ]
 
     def smallest(self) -> list[Option]:
-        return [(min(layer.weight), min(layer.act, key=act_order)) for layer in self.layers]
+        return [(min(group.weight), min(group.act, key=act_order)) for group in self.groups]
 
     def largest(self) -> list[Option]:
-        return [(max(layer.weight), max(layer.act, key=act_order)) for layer in self.layers]
+        return [(max(group.weight), max(group.act, key=act_order)) for group in self.groups]
 
 
 def act_order(bits: int) -> float:
@@ -122,27 +138,40 @@ def make_space(
     weight_bits: Sequence[int],
     act_bits: Sequence[int],
     first_last_bits: int,
+    ties: Sequence[Sequence[str]] = (),
 ) -> Space:
-    """Every layer gets all choices, but the first and last, which are pinned.
+    """Every group of layers gets all choices, but the first and last layer, which are pinned.
 
     `first_last_bits` pins both (weights; their inputs too, unless `act_bits` is FP32 alone);
-    0 pins nothing.
+    0 pins nothing. `ties` are disjoint groups of layer names; a pinned layer leaves its group.
     """
     weight = tuple(sorted(set(weight_bits)))
     act = tuple(sorted(set(act_bits), key=act_order))
-    choices = []
-    for index, layer in enumerate(layers):
-        if first_last_bits and index in (0, len(layers) - 1):
-            pinned_act = (FP32,) if act == (FP32,) else (first_last_bits,)
-            choices.append(LayerChoices(layer.name, (first_last_bits,), pinned_act))
-        else:
-            choices.append(LayerChoices(layer.name, weight, act))
-    return Space(tuple(choices))
+    pinned_act = (FP32,) if act == (FP32,) else (first_last_bits,)
+    names = tuple(layer.name for layer in layers)
+    pinned = {names[0], names[-1]} if first_last_bits else set()
+    group_of: dict[str, tuple[str, ...]] = {}
+    for tie in ties:
+        free = tuple(name for name in names if name in set(tie) - pinned)
+        group_of |= dict.fromkeys(free, free)
+    groups = []
+    for name in names:
+        group = group_of.get(name, (name,))
+        if name in pinned:
+            groups.append(Choices(group, (first_last_bits,), pinned_act))
+        elif name == group[0]:
+            groups.append(Choices(group, weight, act))
+    return Space(names, tuple(groups))
 
 
 def option_terms(space: Space, costs: CostModel) -> list[list[dict[str, int]]]:
-    """For each layer and each of its options (in `options` order), its share of each cost."""
-    return [
-        [costs.layer_terms(layer.name, w, None if a == FP32 else a) for w, a in layer.options]
-        for layer in space.layers
-    ]
+    """For each group and each of its options (in `options` order), its share of each cost: the
+    sum over its layers."""
+
+    def terms(group: Choices, option: Option) -> dict[str, int]:
+        w, a = option
+        act = None if a == FP32 else a
+        layers = [costs.layer_terms(name, w, act) for name in group.names]
+        return {cost: sum(layer[cost] for layer in layers) for cost in costs.names}
+
+    return [[terms(group, option) for option in group.options] for group in space.groups]

@@ -14,17 +14,21 @@ are in the scales, which may then be negative, and their shifts in the biases. T
 has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector), `folded` (name
 of a BatchNorm -> name of the layer that it is folded into) and what the writer adds.
 `sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths only.
+Spaces at the header's end bring the file to the size that `PackedSize` tells before training.
 """
 
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from adq.quant.apply import INPUT_QUANTIZER, attach_input_quantizer, bits_of, quantized_layers
@@ -35,9 +39,12 @@ from adq.quant.fold import channel_factor, fold_batchnorm_, replace_
 from adq.quant.modules import ActivationQuantizer, original_weight, weight_quantizer
 from adq.quant.packing import pack, packed_bytes, unpack
 from adq.quant.rows import Rows, rows_of
-from adq.quant.spec import BitVector
+from adq.quant.spec import MAX_BITS, BitVector
 
 SCHEMA = "adq-model/1"
+METADATA_BYTES = 256
+"""Room in the header for the writer's metadata: `"task":"digits",` takes 20 bytes of it, since
+each quote is escaped."""
 _FLOAT_BYTES = 4
 
 
@@ -51,10 +58,95 @@ def input_bytes(bits: int | None) -> int:
     return 0 if bits is None else _FLOAT_BYTES * (2**bits - 1 + 2)
 
 
-def rest_bytes(model: nn.Module, layers: set[str]) -> int:
-    """Bytes of every parameter and buffer of an FP32 model but the weights of `layers`."""
-    weights = {f"{name}.weight" for name in layers}
-    return sum(t.nbytes for key, t in model.state_dict().items() if key not in weights)
+class PackedSize:
+    """The size of the file that `save_packed` writes, exactly, before anything is trained.
+
+        bytes = fixed_bytes + Σ_l layer_bytes(l, b_l, a_l)      l over all quantized layers
+
+    A layer's share is its tensors, their entries in the header, and its bits in the metadata; all
+    else is fixed. Entries tell shapes and offsets, whose digits depend on the bits, the offsets on
+    those of every layer. Each counts as many digits as it has at the most, and `save_packed` fills
+    up with spaces: the header depends on which inputs have bits, not on how many. Its shares are
+    multiples of 8 bytes, as the whole must be.
+
+    A folded file is smaller. A file is larger where its writer's metadata needs more than
+    METADATA_BYTES, by at most the excess.
+
+    weights  (number of weights, number of scales) of each quantized layer
+    rest     every other tensor of the file
+    """
+
+    def __init__(self, weights: Mapping[str, tuple[int, int]], rest: Mapping[str, Tensor]) -> None:
+        rest_bytes = sum(t.nbytes for t in rest.values())
+        # no offset is above this
+        end = rest_bytes + sum(
+            weight_bytes(*counts, MAX_BITS) + input_bytes(MAX_BITS) for counts in weights.values()
+        )
+        header = METADATA_BYTES + _json_bytes(
+            {"__metadata__": {"adq": _compact(_about(BitVector({}), {})), "sha256": "0" * 64}}
+        )
+        for name, tensor in rest.items():
+            header += _entry_bytes(name, _dtype_name(tensor.dtype), tuple(tensor.shape), end)
+        self.fixed_bytes = 8 + _aligned(header) + rest_bytes
+
+        self._weights = dict(weights)
+        self._weight_header: dict[str, int] = {}
+        self._input_header: dict[str, int] = {}
+        for name, (numel, scales) in weights.items():
+            bits = _json_bytes(_compact({name: MAX_BITS})[1:-1]) - 2 + 1  # no quotes, a comma
+            self._weight_header[name] = _aligned(
+                bits
+                + _entry_bytes(f"{name}.weight.codes", "U8", (packed_bytes(numel, MAX_BITS),), end)
+                + _entry_bytes(f"{name}.weight.codebook", "F32", (2**MAX_BITS,), end)
+                + _entry_bytes(f"{name}.weight.scale", "F32", (scales,), end)
+            )
+            self._input_header[name] = _aligned(
+                bits
+                + _entry_bytes(f"{name}.input.thresholds", "F32", (2**MAX_BITS - 1,), end)
+                + _entry_bytes(f"{name}.input.scale", "F32", (1,), end)
+                + _entry_bytes(f"{name}.input.zero_point", "F32", (1,), end)
+            )
+
+    def layer_bytes(self, name: str, weight: int, act: int | None) -> int:
+        """One layer's share at these bits; an FP32 input (None) takes nothing."""
+        total = weight_bytes(*self._weights[name], weight) + self._weight_header[name]
+        return total if act is None else total + input_bytes(act) + self._input_header[name]
+
+    def total(self, bits: BitVector) -> int:
+        """The file's bytes under a bit vector that names every layer."""
+        return self.fixed_bytes + sum(
+            self.layer_bytes(name, bits.weight[name], bits.act.get(name)) for name in self._weights
+        )
+
+
+def _about(bits: BitVector, folded: dict[str, str]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "bits": bits.to_json(), "folded": folded}
+
+
+def _compact(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _json_bytes(data: Any) -> int:
+    """Bytes of JSON as safetensors writes it: compact, in UTF-8."""
+    return len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def _entry_bytes(name: str, dtype: str, shape: tuple[int, ...], end: int) -> int:
+    """Bytes of a tensor's entry in the header with a comma, at the longest up to offset `end`."""
+    entry = {name: {"dtype": dtype, "shape": shape, "data_offsets": (end, end)}}
+    return _json_bytes(entry) - 2 + 1  # no braces, a comma
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    name: str = json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
+    return name
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 8) * 8
 
 
 def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +185,8 @@ def save_packed(
     """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back.
 
     With `fold` the file is that of a copy whose BatchNorms are folded into the layers before them
-    (see `adq.quant.fold`): smaller, and equal in eval mode up to rounding.
+    (see `adq.quant.fold`): smaller, and equal in eval mode up to rounding. Without, the file has
+    the size that `PackedSize` tells, or more where `metadata` needs more than METADATA_BYTES.
     """
     folded: dict[str, str] = {}
     if fold:
@@ -101,10 +194,26 @@ def save_packed(
         folded = fold_batchnorm_(model)
     elif any(channel_factor(layer) is not None for _, layer in quantized_layers(model)):
         raise InputError("the model is folded already: give the one before, and fold=True")
-    about = {"schema": SCHEMA, "bits": bits_of(model).to_json(), "folded": folded}
-    header = json.dumps({**about, **metadata})
+    bits = bits_of(model)
+    header = _compact({**_about(bits, folded), **metadata})
     tensors = packed_tensors(model)
-    write_tensors(path, tensors, {"adq": header, "sha256": _digest(header, tensors)})
+    size_bytes = 0 if fold else _size_of(model, tensors).total(bits)
+    write_tensors(path, tensors, {"adq": header, "sha256": _digest(header, tensors)}, size_bytes)
+
+
+def _size_of(model: nn.Module, tensors: dict[str, Tensor]) -> PackedSize:
+    """The same as from the FP32 model: these counts and shapes do not change in training."""
+    rest = dict(tensors)
+    weights: dict[str, tuple[int, int]] = {}
+    for name, layer in quantized_layers(model):
+        scales = rest.pop(f"{name}.weight.scale").numel()
+        weights[name] = original_weight(layer).numel(), scales
+        for part in ("weight.codes", "weight.codebook"):
+            del rest[f"{name}.{part}"]
+        if hasattr(layer, INPUT_QUANTIZER):
+            for part in ("thresholds", "scale", "zero_point"):
+                del rest[f"{name}.input.{part}"]
+    return PackedSize(weights, rest)
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:

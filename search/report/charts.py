@@ -1,9 +1,11 @@
 """The charts of a report, each drawn once: for the page one by one, for the picture together."""
 
 import io
+from collections.abc import Sequence
 
 import altair as alt
 
+from adq.proxies.base import Sensitivity
 from adq.search.report.bits_chart import bits_charts
 from adq.search.report.facts import Facts
 from adq.search.report.front_chart import front_chart
@@ -28,7 +30,7 @@ def page_charts(facts: Facts) -> dict[str, Chart]:
             f"Bits of each of {len(facts.layers)} layers in each model of the front.",
         ),
         "sensitivity": finished(
-            _beside(sensitivity_charts(facts)),
+            _beside(_sensitivities(facts)),
             f"Expected loss increase when one of {len(facts.layers)} layers alone is quantized, "
             "by bit-width.",
         ),
@@ -45,13 +47,27 @@ def picture(facts: Facts) -> bytes:
     title = alt.Title(
         f"Test {front.metric_name} against {facts.unit.title}", subtitle=f"study {front.study}"
     )
-    panels = [*bits_charts(facts), *sensitivity_charts(facts, labels=False)]
+    panels = [*bits_charts(facts), *_sensitivities(facts, labels=False)]
     width = sum(panel.width for panel in panels) + SPACING * (len(panels) - 1)
     above = front_chart(facts, width).properties(title=title)
     whole = alt.vconcat(above, _beside(panels), spacing=34)
     whole = whole.resolve_scale(color="independent", shape="independent")
+    return _png(whole)
+
+
+def sensitivity_picture(proxies: Sequence[Sensitivity]) -> bytes:
+    """The scores alone, as a PNG."""
+    return _png(_beside(sensitivity_charts(proxies, {}, {})))
+
+
+def _sensitivities(facts: Facts, labels: bool = True) -> list[alt.LayerChart]:
+    best = facts.front.best
+    return sensitivity_charts(facts.proxies, best.weight_bits, best.act_bits, labels)
+
+
+def _png(chart: Chart) -> bytes:
     out = io.BytesIO()
-    finished(whole, "").save(out, format="png", scale_factor=SCALE)
+    finished(chart, "").save(out, format="png", scale_factor=SCALE)
     return out.getvalue()
 
 

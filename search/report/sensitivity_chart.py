@@ -6,8 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from adq.proxies.base import Table
-from adq.search.report.facts import Facts
+from adq.proxies.base import Sensitivity, Table
 from adq.search.report.theme import INK, bits_scale, layer_axis, row_height, rows
 
 WIDTH = 200
@@ -19,7 +18,7 @@ layer with fewer weights than levels, for one, has scores of 1e-16."""
 @dataclass(frozen=True)
 class Panel:
     """One table of scores: what `proxy` says of the `kind` ("weights" or "inputs") of each layer;
-    `chosen` are the bits of the front's best point."""
+    `chosen` are the bits to mark, of the front's best point."""
 
     proxy: str
     kind: str
@@ -27,27 +26,34 @@ class Panel:
     chosen: Mapping[str, int]
 
 
-def sensitivity_charts(facts: Facts, labels: bool = True) -> list[alt.LayerChart]:
+def sensitivity_charts(
+    proxies: Sequence[Sensitivity],
+    weight_bits: Mapping[str, int],
+    act_bits: Mapping[str, int],
+    labels: bool = True,
+) -> list[alt.LayerChart]:
     """One panel a proxy and kind: layers downwards, expected loss increase across.
 
     All panels share one logarithmic axis. A score that is zero, negative or below the axis is an
-    open triangle at its left end. Rings mark the bits of the front's best point.
+    open triangle at its left end. Rings mark the given bits, where there are any.
     """
-    panels = list(_panels(facts))
+    panels = list(_panels(proxies, weight_bits, act_bits))
+    layers = proxies[0].weight.layers
     axis = log_axis([panel.table for panel in panels])
     widths = sorted({bits for panel in panels for bits in panel.table.bits})
     return [
-        _draw(panel, facts.layers, axis, widths, labels and i == 0, i == len(panels) - 1)
+        _draw(panel, layers, axis, widths, labels and i == 0, i == len(panels) - 1)
         for i, panel in enumerate(panels)
     ]
 
 
-def _panels(facts: Facts) -> Iterator[Panel]:
-    best = facts.front.best
-    for s in facts.proxies:
-        yield Panel(s.proxy, "weights", s.weight, best.weight_bits)
+def _panels(
+    proxies: Sequence[Sensitivity], weight_bits: Mapping[str, int], act_bits: Mapping[str, int]
+) -> Iterator[Panel]:
+    for s in proxies:
+        yield Panel(s.proxy, "weights", s.weight, weight_bits)
         if s.act is not None and s.act.bits:
-            yield Panel(s.proxy, "inputs", s.act, best.act_bits)
+            yield Panel(s.proxy, "inputs", s.act, act_bits)
 
 
 def log_axis(tables: Sequence[Table]) -> tuple[float, float]:
@@ -116,7 +122,8 @@ def _draw(
     ringed = alt.Chart(rows(m for m in marks if m["chosen"]))
     bar = {"x": alt.X("from", type="quantitative", scale=scale), "x2": alt.X2("to")}
     off_axis = not all(m["inside"] for m in marks)
-    key = "ring: best point" + (", triangle: off the axis" if off_axis else "")
+    ring = ["ring: best point"] if panel.chosen else []
+    key = ", ".join(ring + (["triangle: off the axis"] if off_axis else []))
     return alt.LayerChart(
         layer=[
             lines.mark_rule(color="#ececec").encode(y),

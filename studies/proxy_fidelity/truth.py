@@ -1,4 +1,4 @@
-"""What random bit vectors are really worth: the loss after a short fine-tuning, for each of them."""
+"""What random bit vectors are worth: the loss after a short fine-tuning, for each of them."""
 
 import copy
 import json

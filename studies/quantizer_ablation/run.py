@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,22 +22,26 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from fashion import FOLDER, Batches, Data, fp32, in_order, load
+from grounds.data import Batches, Data, in_order
+from grounds.fashion import FOLDER, fp32, load
+from grounds.report import table, write_between
 from torch.nn import functional as F
 
 from adq.quant.apply import quantize_
 from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
 from adq.quant.evaluate import accuracy, evaluate
-from adq.quant.files import write_json, write_text
+from adq.quant.files import write_json
 from adq.quant.layers import trace_layers
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector
 
 HERE = Path(__file__).parent
+
 RESULTS = HERE / "results.json"
 BITS, MODES = (2, 3, 4), ("W", "WA")
 SEEDS = 3
@@ -221,11 +226,6 @@ def difference(results: Results, cell: Cell, base: str, what: str = TEST) -> np.
     return one - other
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def settings() -> list[tuple[str, int]]:
     return [(mode, bits) for mode in MODES for bits in BITS]
 
@@ -289,18 +289,6 @@ def report(results: Results) -> None:
         summary[f"adq_minus_best_other_w{bits}"] = round(float(ours.mean() - best.mean()), 3)
         summary[f"adq_stderr_w{bits}"] = round(math.hypot(stderr(ours), stderr(best)), 3)
     write_json(HERE / "summary.json", summary)
-
-
-def write_between(path: Path, tables: dict[str, str]) -> None:
-    """Replace what lies between <!-- NAME --> and <!-- end --> by the table of that name."""
-    text = path.read_text(encoding="utf-8")
-    for name, content in tables.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition("<!-- end -->")
-        if not (mark and end):
-            raise ValueError(f"{path}: expected <!-- {name} --> and <!-- end -->")
-        text = f"{before}{mark}\n\n{content}\n\n{end}{after}"
-    write_text(path, text)
 
 
 if __name__ == "__main__":

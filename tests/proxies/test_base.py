@@ -1,4 +1,8 @@
 import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import oracles
@@ -8,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few_examples
 
-from adq.proxies.base import Sensitivity, Table, quantization_errors
+from adq.proxies.base import (
+    Interactions,
+    Sensitivity,
+    Subject,
+    Table,
+    mean_of_parts,
+    quantization_errors,
+)
 from adq.quant import codebook
 from adq.quant.apply import quantize
+from adq.quant.layers import LayerInfo
 from adq.quant.scheme import INITIALISATIONS, Initialisation, Scheme
 
 scores = st.floats(-10, 10, allow_nan=False)
@@ -72,18 +84,168 @@ def test_a_table_makes_the_round_trip_through_json(table: Table) -> None:
     assert same(Table.from_json(json.loads(json.dumps(table.to_json()))), table)
 
 
+@st.composite
+def interactions(draw: st.DrawFn) -> Interactions:
+    bits = draw(st.lists(st.integers(2, 8), min_size=1, max_size=3, unique=True))
+    layers = draw(st.lists(st.text(), min_size=2, max_size=3, unique=True))
+    shape = (len(layers), len(bits)) * 2
+    numbers = st.lists(scores, min_size=math.prod(shape), max_size=math.prod(shape))
+    value, stderr = (np.array(draw(numbers)).reshape(shape) for _ in range(2))
+    return Interactions(tuple(layers), tuple(bits), value, stderr)
+
+
+def same_pairs(one: Interactions, other: Interactions) -> bool:
+    return (
+        (one.layers, one.bits) == (other.layers, other.bits)
+        and np.array_equal(one.value, other.value)
+        and np.array_equal(one.stderr, other.stderr)
+    )
+
+
 @few_examples
-@given(tables(), st.none() | tables())
-def test_a_sensitivity_makes_the_round_trip_through_json(weight: Table, act: Table | None) -> None:
-    data = json.loads(json.dumps(Sensitivity("fisher", weight, act, 12, 0.5).to_json()))
+@given(interactions())
+def test_interactions_make_the_round_trip_through_json(pairs: Interactions) -> None:
+    assert same_pairs(Interactions.from_json(json.loads(json.dumps(pairs.to_json()))), pairs)
+
+
+@few_examples
+@given(tables(), st.none() | tables(), st.none() | interactions())
+def test_a_sensitivity_makes_the_round_trip_through_json(
+    weight: Table, act: Table | None, pairs: Interactions | None
+) -> None:
+    sensitivity = Sensitivity("fisher", weight, act, 12, 0.5, 7.5, pairs)
+    data = json.loads(json.dumps(sensitivity.to_json()))
     assert data["unit"] == "expected loss increase"
     found = Sensitivity.from_json(data)
-    assert (found.proxy, found.samples, found.seconds) == ("fisher", 12, 0.5)
+    assert (found.proxy, found.samples, found.seconds, found.passes) == ("fisher", 12, 0.5, 7.5)
     assert same(found.weight, weight)
-    if act is None:
-        assert found.act is None
-    else:
+    assert (found.act is None) == (act is None)
+    assert (found.pairs is None) == (pairs is None)
+    if act is not None:
         assert same(found.act, act)
+    if pairs is not None:
+        assert same_pairs(found.pairs, pairs)
+
+
+def test_an_unknown_error_survives_json() -> None:
+    table = Table(("a",), (2,), np.array([[1.0]]), np.array([[np.nan]]))
+    found = Table.from_json(json.loads(json.dumps(table.to_json())))
+    assert np.isnan(found.stderr).all()
+
+
+def test_the_mean_of_parts_by_hand() -> None:
+    # shares 1/2, 1/4, 1/4; mean 4/2 + 1/4 + 7/4 = 4; deviations 0, −3, 3;
+    # Σ share²·deviation² = 9/16 + 9/16 = 9/8, times 3/2
+    mean, stderr = mean_of_parts([np.array([4.0]), np.array([1.0]), np.array([7.0])], [4, 2, 2])
+    assert mean == pytest.approx([4])
+    assert stderr == pytest.approx([(27 / 16) ** 0.5])
+
+
+def test_the_mean_of_equal_parts_has_the_usual_standard_error() -> None:
+    parts = list(np.random.default_rng(0).standard_normal((9, 2, 3)))
+    mean, stderr = mean_of_parts(parts, [5] * 9)
+    np.testing.assert_allclose(mean, np.mean(parts, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(stderr, np.std(parts, axis=0, ddof=1) / 3, rtol=1e-12)
+
+
+def test_the_error_of_unequal_parts_is_that_of_many_draws() -> None:
+    generator, counts = np.random.default_rng(0), [20, 20, 20, 20, 20, 5]
+    draws = [
+        mean_of_parts([generator.standard_normal(n).mean(keepdims=True) for n in counts], counts)
+        for _ in range(2000)
+    ]
+    true = 1 / sum(counts) ** 0.5
+    assert np.std([mean for mean, _ in draws]) == pytest.approx(true, rel=0.06)
+    assert np.mean([stderr**2 for _, stderr in draws]) ** 0.5 == pytest.approx(true, rel=0.06)
+
+
+def test_a_single_part_has_no_known_error() -> None:
+    mean, stderr = mean_of_parts([np.ones((2, 3))], [4])
+    assert mean.tolist() == np.ones((2, 3)).tolist()
+    assert stderr.shape == (2, 3)
+    assert np.isnan(stderr).all()
+
+
+def subject() -> Subject:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    layers = (LayerInfo("0", "Linear", (2, 3), (3,), 6, 2),)
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))] * 2
+    ranges = {("0", 3): (0.25, 1), ("0", 2): (0.5, 2)}
+    return Subject(
+        model, layers, (2, 4), batches, torch.nn.functional.mse_loss, (3, 2), ranges=ranges
+    )
+
+
+def nudged(name: str) -> Callable[[Subject], Subject]:
+    def change(subject: Subject) -> Subject:
+        subject.model.state_dict()[name].flatten()[0] += 1
+        return subject
+
+    return change
+
+
+def other_data(part: int) -> Callable[[Subject], Subject]:
+    def change(subject: Subject) -> Subject:
+        batch = list(subject.batches[1])
+        batch[part] = batch[part].flip(0)
+        return replace(subject, batches=[subject.batches[0], tuple(batch)])
+
+    return change
+
+
+def with_(**fields: Any) -> Callable[[Subject], Subject]:
+    return lambda subject: replace(subject, **fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nudged("0.weight"),
+        nudged("0.bias"),
+        nudged("1.running_var"),
+        other_data(0),
+        other_data(1),
+        lambda s: replace(s, batches=s.batches[:1]),
+        with_(bits=(2, 3)),
+        with_(bits=(4, 2)),
+        with_(act_bits=(3,)),
+        with_(bits=(2, 4, 3), act_bits=(2,)),
+        with_(scheme=Scheme(weight="lsq")),
+        with_(scheme=Scheme(group_size=3)),
+        with_(ranges={("0", 3): (0.25, 1), ("0", 2): (0.5, 3)}),
+        with_(seed=1),
+        with_(layers=()),
+    ],
+)
+def test_the_key_changes_with_all_that_scores_depend_on(
+    change: Callable[[Subject], Subject],
+) -> None:
+    before = subject().key("settings")
+    assert change(subject()).key("settings") != before
+    assert subject().key("other settings") != before
+    assert subject().key(("settings", 1)) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s,
+        with_(say=lambda _: None),
+        with_(devices=(torch.device("cpu"), torch.device("cpu"))),
+        with_(ranges={("0", 2): (0.5, 2), ("0", 3): (0.25, 1)}),  # in another order
+        with_(layers=(LayerInfo("0", "Linear", (2, 3), (7, 3), 42, 2),)),
+        lambda s: replace(s, model=s.model.eval()),
+        lambda s: replace(s, model=s.model.requires_grad_(False)),
+        lambda s: replace(s, batches=tuple((x.clone(), y.clone()) for x, y in s.batches)),
+    ],
+)
+def test_the_key_changes_with_nothing_else(change: Callable[[Subject], Subject]) -> None:
+    assert change(subject()).key("settings") == subject().key("settings")
+
+
+def test_samples_and_names_of_a_subject() -> None:
+    assert (subject().samples, subject().names) == (8, ("0",))
 
 
 @pytest.mark.parametrize("init", INITIALISATIONS)

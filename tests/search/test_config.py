@@ -14,7 +14,7 @@ from adq.quant.batches import seeded
 from adq.quant.errors import InputError
 from adq.quant.qat import TrainingConfig
 from adq.quant.scheme import Scheme
-from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml
+from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml, tie_groups
 
 TEXT = ["latency", "task", "model", "weights", "device", "study", "storage", "out"]
 WHOLE_FROM = {
@@ -63,7 +63,7 @@ def refused(field: str, value: Any) -> str:
 
 def test_every_option_is_in_one_of_the_lists_above() -> None:
     assert sorted(
-        [*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation", "start_bits"]
+        [*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation", "start_bits", "ties"]
     ) == sorted(OPTIONS)
     assert all(f.metadata["help"] for f in OPTIONS.values())
 
@@ -171,6 +171,39 @@ def test_the_pin_is_zero_or_a_bit_width() -> None:
         assert "0 or 2 to 8" in refused("first_last_bits", bad)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("auto", "auto"),
+        ("none", "none"),
+        ([], "none"),
+        ("a.conv=a.shortcut", "a.conv=a.shortcut"),
+        (" a = b , c=d =e ", "a=b,c=d=e"),
+        ([["a", "b"], ["c", "d", "e"]], "a=b,c=d=e"),
+        ((("a", "b"),), "a=b"),
+    ],
+)
+def test_ties_are_a_word_or_groups_in_either_form(value: Any, text: str) -> None:
+    assert StudyConfig(ties=value).ties == text
+    assert StudyConfig(ties=text).ties == text
+
+
+def test_ties_become_groups_of_names() -> None:
+    assert tie_groups("a.conv=a.shortcut,c=d=e") == [["a.conv", "a.shortcut"], ["c", "d", "e"]]
+
+
+def test_ties_of_another_form_are_refused() -> None:
+    wanted = "expected auto, none, or groups of layers, like a.conv=a.shortcut,b=c=d, got"
+    for bad in ("", "=", "a=", "a=b,", ",a=b", "a==b", 3, True, {"a": "b"}):
+        assert wanted in refused("ties", bad)
+    for listed in (["a", "b"], [["a", 2]], [[]], [["a", ""]], [["a", "b=c"]], [["a,b", "c"]]):
+        assert wanted in refused("ties", listed)
+    for alone in ("a", "b=c,a", [["b", "c"], ["a"]], "a,b=c"):
+        assert "at least two layers in a group ('a' is alone)" in refused("ties", alone)
+    for twice in ("a=a", "b=a,c=a", [["a", "b"], ["c", "a"]]):
+        assert "each layer once ('a' is there twice)" in refused("ties", twice)
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "/abs", "a\nb", "a\0b"])
 def test_a_study_name_stays_inside_its_folder(name: str) -> None:
     assert "a plain name" in refused("study", name)
@@ -208,6 +241,7 @@ configs = st.builds(
     bits=subsets([2, 3, 4, 5, 6, 7, 8]),
     act_bits=subsets([0, 2, 3, 4, 8]),
     first_last_bits=st.sampled_from([0, 2, 8]),
+    ties=st.sampled_from(["auto", "none", "a=b,c.0=d.1=e", [["a", "b"], ["c", "d"]]]),
     trials=st.integers(1, 10**6),
     epochs=st.integers(0, 10**6),
     fp32_epochs=st.none() | st.integers(0, 10**6),
@@ -252,6 +286,11 @@ def test_a_file_gives_the_fields_it_names(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_lists_ties_as_text_or_as_lists(tmp_path: Path) -> None:
+    for text in ('ties = "a=b,c=d=e"', 'ties = [["a", "b"], ["c", "d", "e"]]'):
+        assert read_toml(toml(tmp_path, text)) == {"ties": "a=b,c=d=e"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -267,6 +306,8 @@ def test_a_file_gives_the_fields_it_names(tmp_path: Path) -> None:
         ("lr = true", r"key 'lr': expected a positive number"),
         ("bits = [2, 9]", r"key 'bits': expected different whole numbers from 2 to 8"),
         ("bits = [2, 2]", r"key 'bits': expected different"),
+        ("ties = [['a']]", r"key 'ties': expected at least two layers .* got \[\['a'\]\]"),
+        ("ties = 'a=a'", r"key 'ties': expected each layer once .* got 'a=a'"),
         ("task = 3", r"key 'task': expected a text, got 3"),
         ("trials = ", r"mine\.toml is not valid TOML: "),
     ],

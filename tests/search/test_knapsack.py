@@ -1,7 +1,7 @@
 """The knapsack solver against an enumeration of every choice."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import accumulate, combinations, product
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from adq.search.knapsack import solve, sweep
 
 Scores = list[npt.NDArray[np.float64]]
 Terms = list[list[dict[str, int]]]
+Pairs = dict[tuple[int, int], npt.NDArray[np.float64]]
 
 
 def total(terms: Terms, choice: Sequence[int], name: str) -> int:
@@ -21,13 +22,16 @@ def within(terms: Terms, limits: Mapping[str, int], choice: Sequence[int]) -> bo
     return all(total(terms, choice, name) <= limit for name, limit in limits.items())
 
 
-def value(scores: Scores, choice: Sequence[int]) -> float:
-    return sum(float(scores[layer][option]) for layer, option in enumerate(choice))
+def value(scores: Scores, choice: Sequence[int], pairs: Pairs | None = None) -> float:
+    own = sum(float(scores[layer][option]) for layer, option in enumerate(choice))
+    return own + sum(float(q[choice[i], choice[j]]) for (i, j), q in (pairs or {}).items())
 
 
-def best_value(scores: Scores, terms: Terms, limits: Mapping[str, int]) -> float | None:
+def best_value(
+    scores: Scores, terms: Terms, limits: Mapping[str, int], pairs: Pairs | None = None
+) -> float | None:
     choices = product(*(range(len(s)) for s in scores))
-    return min((value(scores, c) for c in choices if within(terms, limits, c)), default=None)
+    return min((value(scores, c, pairs) for c in choices if within(terms, limits, c)), default=None)
 
 
 def instance(seed: int) -> tuple[Scores, Terms, dict[str, int]]:
@@ -136,3 +140,119 @@ def test_a_sweep_finds_the_point_in_a_dent_of_the_front() -> None:
     terms = [[{"c": 0}, {"c": 5}, {"c": 10}]]
     found = sweep([np.array([10.0, 6.0, 0.0])], terms, {"c": 10}, {"c": 0}, 5)
     assert found == [[2], [1], [0]]
+
+
+def coupled_instance(seed: int) -> tuple[Scores, Terms, dict[str, int], Pairs]:
+    """4 or 5 layers of 3 options, 1 or 2 costs, limits that may be out of reach; about two thirds
+    of the pairs add something of either sign, as large as the scores or a tenth of them."""
+    rng = np.random.default_rng(seed)
+    layers, names = int(rng.integers(4, 6)), "ab"[: rng.integers(1, 3)]
+    terms = [
+        [{name: int(rng.integers(1, 1000)) for name in names} for _ in range(3)]
+        for _ in range(layers)
+    ]
+    pairs = {
+        pair: rng.normal(size=(3, 3)) * rng.choice([0, 0.1, 1])
+        for pair in combinations(range(layers), 2)
+    }
+    limits = {name: int(layers * rng.integers(100, 800)) for name in names}
+    return [rng.normal(size=3) for _ in range(layers)], terms, limits, pairs
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_solution_with_pairs_is_the_best_of_all_choices(seed: int) -> None:
+    scores, terms, limits, pairs = coupled_instance(seed)
+    chosen, best = solve(scores, terms, limits, pairs), best_value(scores, terms, limits, pairs)
+    assert (chosen is None) == (best is None)  # about half of them
+    if chosen is not None:
+        assert within(terms, limits, chosen)
+        assert value(scores, chosen, pairs) == pytest.approx(best, abs=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("unit", [1e-12, 3e-7, 1e12])
+def test_the_unit_of_scores_and_pairs_does_not_matter(seed: int, unit: float) -> None:
+    """Every other instance in tenths, where different choices often tie: 3e-7 · 0.1 + 3e-7 · 0.2
+    is not 3e-7 · 0.3, but a tie still breaks the same way."""
+    scores, terms, limits, pairs = coupled_instance(seed)
+    if seed % 2:
+        scores = [np.round(s, 1) for s in scores]
+        pairs = {pair: np.round(q, 1) for pair, q in pairs.items()}
+    scaled = solve(
+        [s * unit for s in scores], terms, limits, {pair: q * unit for pair, q in pairs.items()}
+    )
+    assert scaled == solve(scores, terms, limits, pairs)
+
+
+def test_pairs_change_the_choice() -> None:
+    """One of three layers may get many bits. By themselves the middle one, which loses most; but
+    errors of the outer two add up, and those of the middle one make up for either."""
+    scores = [np.array([3.0, 0.0]), np.array([3.5, 0.0]), np.array([3.1, 0.0])]
+    terms = [[{"c": 1}, {"c": 2}]] * 3
+    both_low = np.array([[1.0, 0.0], [0.0, 0.0]])
+    pairs = {(0, 1): -both_low, (0, 2): both_low, (1, 2): -both_low}
+    assert solve(scores, terms, {"c": 4}) == [0, 1, 0]  # 6.1; 7.1 with pairs
+    assert solve(scores, terms, {"c": 4}, pairs) == [0, 0, 1]  # 6.5 − 1
+
+
+@pytest.mark.parametrize("constant", [0.0, -3.0])
+def test_pairs_that_prefer_nothing_change_nothing(constant: float) -> None:
+    scores, terms, limits = instance(0)
+    pairs = {
+        (i, j): np.full((len(scores[i]), len(scores[j])), constant)
+        for i, j in combinations(range(len(scores)), 2)
+    }
+    assert solve(scores, terms, limits, pairs) == solve(scores, terms, limits)
+
+
+def test_a_sweep_holds_the_quadratic_optimum_of_each_of_its_limits() -> None:
+    scores, terms, limits, pairs = coupled_instance(41)
+    smallest = {name: sum(min(o[name] for o in layer) for layer in terms) for name in limits}
+    found = sweep(scores, terms, limits, smallest, 3, pairs)
+    for i in (3, 2, 1):
+        at = {n: smallest[n] + (limit - smallest[n]) * i // 3 for n, limit in limits.items()}
+        best = best_value(scores, terms, at, pairs)
+        assert any(
+            within(terms, at, c) and value(scores, c, pairs) == pytest.approx(best, abs=1e-8)
+            for c in found
+        )
+
+
+def best_by_states(scores: Scores, terms: Terms, limit: int) -> float:
+    """Layer by layer, all (cost, score) that no cheaper choice of the layers so far beats."""
+    cheapest = [min(o["c"] for o in layer) for layer in terms]
+    to_come = list(accumulate(cheapest[::-1], initial=0))[-2::-1]
+    states = [(0, 0.0)]
+    for row, layer, rest in zip(scores, terms, to_come, strict=True):
+        reached = sorted(
+            (cost + option["c"], score + float(s))
+            for cost, score in states
+            for s, option in zip(row, layer, strict=True)
+            if cost + option["c"] + rest <= limit
+        )
+        states, least = [], np.inf
+        for cost, score in reached:
+            if score < least:
+                states.append((cost, score))
+                least = score
+    return states[-1][1]
+
+
+@pytest.mark.parametrize("spread", [1, 5])
+@pytest.mark.parametrize("average_bits", [2.5, 4.0, 5.5])
+def test_the_best_of_20_layers_of_tiny_scores_fills_the_budget(
+    spread: int, average_bits: float
+) -> None:
+    """Scores of a billionth and, over `spread` decades, below; costs in bits of 100 to 3000
+    weights. With that many layers some choice comes close to any budget, and the best one does."""
+    rng = np.random.default_rng(0)
+    bits = np.array([2, 3, 4, 5, 6, 8])
+    weights = rng.integers(100, 3000, 20)
+    terms = [[{"c": int(b * n)} for b in bits] for n in weights]
+    scores = [1e-9 * 10 ** rng.uniform(-spread, 0) * 4.0**-bits for _ in weights]
+    limit = int(average_bits * weights.sum())
+    chosen = solve(scores, terms, {"c": limit})
+    assert chosen is not None
+    assert limit - 0.01 * weights.sum() < total(terms, chosen, "c") <= limit
+    best = best_by_states(scores, terms, limit)
+    assert value(scores, chosen) == pytest.approx(best, rel=1e-6, abs=0)

@@ -4,14 +4,19 @@ import copy
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_task
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
+from adq.quant.apply import quantize
 from adq.quant.errors import InputError
+from adq.quant.export.packed import save_packed
 from adq.search.budget import OPTION_OF
 from adq.search.config import StudyConfig
 from adq.search.problem import Problem, make_problem, pick_device
@@ -36,7 +41,7 @@ def refused(task: Task | None = None, **options: Any) -> str:
     return str(error.value)
 
 
-def test_layers_and_costs_are_those_of_the_net_by_hand() -> None:
+def test_layers_and_costs_are_those_of_the_net_by_hand(tmp_path: Path) -> None:
     problem = problem_of(act_bits=(4, 0), first_last_bits=6)
     assert [la.name for la in problem.layers] == NAMES
     assert [la.weight_numel for la in problem.layers] == WEIGHTS
@@ -57,12 +62,16 @@ def test_layers_and_costs_are_those_of_the_net_by_hand() -> None:
     )
     # what stays in FP32: four tensors and an int64 counter a BatchNorm, and three biases
     rest = 4 * (4 * 6 + 4 * 8) + 2 * 8 + 4 * (12 + 13 + 10)
-    assert costs.size_bytes == packed + inputs + rest
+    model = quantize(problem.initial_model, bits, problem.calibration, problem.config.scheme)
+    save_packed(model, tmp_path / "m", problem.model_metadata("uniform-4"))
+    stored = load_file(tmp_path / "m").values()
+    assert sum(t.nbytes for t in stored) == packed + inputs + rest
+    assert costs.size_bytes == (tmp_path / "m").stat().st_size
 
 
 def test_limits_and_objectives_follow_the_budgets() -> None:
-    problem = problem_of(budget_size_mb=0.0088, budget_gbops=0.00035)
-    assert problem.limits == {"average_bits": 4.0, "size_bytes": 8800.0, "bops": 350_000.0}
+    problem = problem_of(budget_size_mb=0.0128, budget_gbops=0.00035)
+    assert problem.limits == {"average_bits": 4.0, "size_bytes": 12_800.0, "bops": 350_000.0}
     assert problem.objectives == ("average_bits", "size_bytes", "bops")
     assert problem_of().objectives == ("average_bits",)
 
@@ -75,11 +84,67 @@ def test_a_choice_of_input_bits_makes_bit_operations_an_objective() -> None:
     assert alone.objectives == ("bops",)
 
 
+class Residual(tiny_task.TinyNet):
+    """The same layers, with conv2 beside conv3 on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(6, 12, 1, stride=2)
+        self.conv3 = nn.Conv2d(6, 12, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.conv2(x) + self.conv3(x)).mean((2, 3))
+        return self.out(F.relu(self.hidden(x)))
+
+
+def groups(**options: Any) -> list[tuple[str, ...]]:
+    task = replace(tiny_task.make_task(), model=Residual)
+    return [group.names for group in problem_of(task, **options).space.groups]
+
+
+def test_ties_are_traced_given_or_none() -> None:
+    alone = [(name,) for name in NAMES]
+    assert groups() == [("conv1",), ("conv2", "conv3"), ("hidden",), ("out",)]
+    assert groups(ties="none") == alone
+    given = [("conv1",), ("conv2",), ("conv3", "hidden"), ("out",)]
+    assert groups(ties="hidden=conv3") == given  # instead of those traced
+    assert groups(ties=[["hidden", "conv3"]]) == given
+    pinned = [("conv1",), ("conv2",), ("conv3", "hidden"), ("out",)]
+    assert groups(ties="conv1=conv2,conv3=hidden=out") == pinned
+    unpinned = [("conv1", "conv2"), ("conv3", "hidden", "out")]
+    assert groups(ties="conv1=conv2,conv3=hidden=out", first_last_bits=0) == unpinned
+    assert [group.names for group in problem_of().space.groups] == alone  # a chain ties nothing
+
+
+def test_ties_of_a_layer_that_is_not_there_are_refused() -> None:
+    text = refused(ties="conv2=conv33")
+    assert text == "ties: 'conv33' is not a layer that can be quantized; did you mean 'conv3'?"
+    assert "ties: 'bn1' is not a layer that can be quantized" in refused(ties="bn1=conv2")
+
+
+def test_tied_inputs_start_from_ranges_of_their_own() -> None:
+    task = replace(tiny_task.make_task(), model=Residual)
+    problem = problem_of(task, act_bits=(4, 0), ties="conv3=hidden", first_last_bits=0)
+    ranges = problem.input_ranges(problem.initial_model)
+    assert sorted(ranges) == sorted((name, 4) for name in NAMES)
+    assert ranges["conv3", 4] != ranges["hidden", 4]
+
+
 def test_measuring_alone_needs_no_budget() -> None:
     config = StudyConfig(task="tiny_task:make_task")
     with pytest.raises(InputError, match="no budget"):
         make_problem(config, tiny_task.make_task())
     assert make_problem(config, tiny_task.make_task(), budgeted=False).limits == {}
+
+
+def test_a_group_size_that_divides_no_row_is_refused() -> None:
+    # rows of 9, 54, 72, 12 and 13 weights
+    assert refused(group_size=7) == (
+        "group-size 7 divides no layer's rows, which have 9, 12, 13, 54, 72 weights: "
+        "give a divisor of one of them"
+    )
+    assert problem_of(group_size=13).costs.group_size == 13
 
 
 @pytest.mark.parametrize("name", list(OPTION_OF))

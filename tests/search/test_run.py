@@ -179,8 +179,7 @@ def test_each_points_costs_are_those_of_its_bits_and_its_file(any_study: Study) 
         assert point.bops == sum(
             MACS[n] * w * point.act_bits[n] for n, w in point.weight_bits.items()
         )
-        tensors = load_file(any_study.folder.path / point.weights)
-        assert point.size_bytes == sum(t.nbytes for t in tensors.values())
+        assert point.size_bytes == (any_study.folder.path / point.weights).stat().st_size
         assert point.latency_s is None
 
 
@@ -377,7 +376,7 @@ def test_a_second_study_reuses_the_fp32_model_and_another_seed_does_not(tmp_path
 @pytest.mark.parametrize(
     ("budget", "cost", "limit"),
     [
-        ({"budget_bits": None, "budget_size_mb": 0.0085}, "size_bytes", 8500),
+        ({"budget_bits": None, "budget_size_mb": 0.0125}, "size_bytes", 12_500),
         ({"budget_bits": None, "budget_gbops": 0.00035}, "bops", 350_000),
         ({"budget_gbops": 0.00035}, "average_bits", BUDGET),
         ({"budget_gbops": 0.00035}, "bops", 350_000),

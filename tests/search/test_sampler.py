@@ -14,6 +14,7 @@ from toy_space import (
     Sizes,
     all_points,
     fits_by_hand,
+    spread,
     totals_by_hand,
     toy_sensitivity,
     toy_space,
@@ -41,13 +42,14 @@ class Case:
         costs: Sequence[str],
         seed: int = 0,
         seeds: int = 3,
+        ties: Sequence[Sequence[str]] = (),
     ) -> None:
         rng = np.random.default_rng(seed)
         self.sizes, self.seed = sizes, seed
-        self.space, self.costs = toy_space(sizes, bits, act, first_last_bits=0)
-        reached = [layer.options[rng.integers(len(layer.options))] for layer in self.space.layers]
+        self.space, self.costs = toy_space(sizes, bits, act, first_last_bits=0, ties=ties)
+        reached = [group.options[rng.integers(len(group.options))] for group in self.space.groups]
         # the smallest point always fits: a study checks that before it starts
-        ends = totals_by_hand(sizes, reached), totals_by_hand(sizes, self.space.smallest())
+        ends = [self.totals(point) for point in (reached, self.space.smallest())]
         self.limits = {name: max(end[name] for end in ends) for name in costs}
         found = toy_sensitivity(self.space, rng, act_bits=[b for b in act if b])
         self.scores = option_scores(self.space, found.weight, found.act)
@@ -59,8 +61,14 @@ class Case:
         seed = self.seed if seed is None else seed
         return BudgetSampler(self.space, self.costs, self.limits, self.scores, self.seeds, seed)
 
+    def totals(self, point: Point) -> dict[str, int]:
+        return totals_by_hand(self.sizes, spread(self.space, point))
+
+    def fits(self, point: Point) -> bool:
+        return fits_by_hand(self.sizes, self.limits, spread(self.space, point))
+
     def fitting(self) -> list[Point]:
-        return [p for p in all_points(self.space) if fits_by_hand(self.sizes, self.limits, p)]
+        return [p for p in all_points(self.space) if self.fits(p)]
 
     def ask(self, study: optuna.Study) -> tuple[optuna.Trial, Point]:
         trial = study.ask()
@@ -71,7 +79,7 @@ class Case:
     def tell(self, study: optuna.Study, trial: optuna.Trial, point: Point) -> None:
         """More bits are better, with a little noise that follows from the point."""
         noise = hash(tuple(point)) % 97 / 970
-        total = totals_by_hand(self.sizes, point)["average_bits"]
+        total = self.totals(point)["average_bits"]
         study.tell(trial, [sum(w for w, _ in point) + noise, float(total)])
 
     def proposals(
@@ -103,6 +111,7 @@ cases = st.builds(
     cost_names,
     st.integers(0, 1000),
     st.integers(0, 4),
+    st.sampled_from([(), [("l0", "l2")], [("l0", "l1", "l2")]]),
 )
 
 
@@ -125,6 +134,19 @@ def test_every_fitting_point_is_proposed_once_and_then_one_again(seed: int, seed
     points = case.proposals(len(fitting) + 1)
     assert sorted(map(str, points[:-1])) == sorted(map(str, fitting))
     assert points[-1] in fitting
+
+
+def test_tied_layers_have_the_same_bits_in_every_proposal() -> None:
+    ties = [("l0", "l3"), ("l1", "l2")]
+    case = Case(SIZES, (2, 3, 4), (4, 8), ["average_bits", "bops"], seed=2, ties=ties)
+    fitting = case.fitting()
+    assert 10 < len(fitting) < 6 * 6
+    points = case.proposals(len(fitting))  # seeds, TPE, repaired and mutated ones, the last left
+    assert sorted(map(str, points)) == sorted(map(str, fitting))
+    for vector in map(case.space.bit_vector, points):
+        for one, other in ties:
+            assert vector.weight[one] == vector.weight[other]
+            assert vector.act[one] == vector.act[other]
 
 
 def test_the_only_points_of_a_tight_budget_in_a_large_space_are_all_found() -> None:
@@ -233,8 +255,8 @@ def test_repair_leaves_a_fitting_point_alone_and_never_raises_bits(case: Case, p
     points = list(all_points(case.space))
     point = points[pick % len(points)]
     repaired = case.sampler().repair(point)
-    assert fits_by_hand(case.sizes, case.limits, repaired)
-    if fits_by_hand(case.sizes, case.limits, point):
+    assert case.fits(repaired)
+    if case.fits(point):
         assert repaired == point
     for (w, a), (new_w, new_a) in zip(point, repaired, strict=True):
         assert new_w <= w
@@ -276,11 +298,11 @@ def test_a_size_limit_is_met_where_an_fp32_input_takes_fewer_bytes_than_a_quanti
     config = StudyConfig(task="t", budget_bits=4.0, bits=(2, 4), act_bits=(0, 8))
     problem = make_problem(config, task)
     least = sum(
-        min(terms["size_bytes"] for terms in layer)
-        for layer in option_terms(problem.space, problem.costs)
+        min(terms["size_bytes"] for terms in group)
+        for group in option_terms(problem.space, problem.costs)
     )
     limits = {"size_bytes": least}
-    scores = [np.zeros(len(layer.options)) for layer in problem.space.layers]
+    scores = [np.zeros(len(group.options)) for group in problem.space.groups]
     sampler = BudgetSampler(problem.space, problem.costs, limits, scores, [], 0)
     found = sampler.repair(problem.space.smallest())
     assert problem.costs.totals(problem.space.bit_vector(found))["size_bytes"] == least

@@ -1,10 +1,20 @@
 """Seeds: the score of an option by a slow loop, and seeds that fit, differ and are optimal."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from toy_space import all_points, fits_by_hand, totals_by_hand, toy_sensitivity, toy_space
+from toy_space import (
+    all_points,
+    fits_by_hand,
+    spread,
+    totals_by_hand,
+    toy_sensitivity,
+    toy_space,
+)
 
-from adq.proxies.base import Table
+from adq.proxies.base import Interactions, Sensitivity, Table
 from adq.search.seeds import combined_scores, fits, make_seeds, option_scores
 from adq.search.space import Option
 
@@ -21,27 +31,27 @@ def repaired(table: Table, layer: str, bits: int) -> float:
 def test_an_options_score_adds_its_weight_and_its_input(act: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     space, _ = toy_space(SIZES, (2, 3, 4), act, 8)
-    act_bits = sorted({b for layer in space.layers for b in layer.act} - {0})
+    act_bits = sorted({b for group in space.groups for b in group.act} - {0})
     found = toy_sensitivity(space, rng, act_bits=act_bits)
     scores = option_scores(space, found.weight, found.act)
-    for layer, row in zip(space.layers, scores, strict=True):
-        assert row.shape == (len(layer.options),)
-        for (w, a), score in zip(layer.options, row, strict=True):
-            expected = repaired(found.weight, layer.name, w)
+    for group, row in zip(space.groups, scores, strict=True):
+        assert row.shape == (len(group.options),)
+        for (w, a), score in zip(group.options, row, strict=True):
+            expected = repaired(found.weight, group.name, w)
             if a:
                 assert found.act is not None
-                expected += repaired(found.act, layer.name, a)
+                expected += repaired(found.act, group.name, a)
             assert score == expected
 
 
 def test_a_table_of_any_order_of_bits_is_read_by_its_bits() -> None:
     space, _ = toy_space(SIZES, (2, 3, 4))
-    names = tuple(layer.name for layer in space.layers)
+    names = space.layers
     rows = np.arange(12.0).reshape(4, 3)
     table = Table(names[::-1], (4, 2, 3), rows, rows)
     scores = option_scores(space, table, None)
-    for layer, row in zip(space.layers, scores, strict=True):
-        assert row.tolist() == [repaired(table, layer.name, w) for w, _ in layer.options]
+    for group, row in zip(space.groups, scores, strict=True):
+        assert row.tolist() == [repaired(table, group.name, w) for w, _ in group.options]
 
 
 def test_more_bits_never_score_worse_after_repair() -> None:
@@ -53,18 +63,53 @@ def test_more_bits_never_score_worse_after_repair() -> None:
         assert (row >= 0).all()
 
 
-def test_scores_combine_as_the_mean_of_the_proxies_with_one_table_of_inputs() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_scores_combine_as_the_mean_of_proxies_of_one_size(scale: float) -> None:
     rng = np.random.default_rng(2)
     space, _ = toy_space(SIZES, (2, 3), (4, 8))
     first, second = toy_sensitivity(space, rng), toy_sensitivity(space, rng, act_bits=(4, 8))
-    combined = combined_scores(space, [first, second])
-    for layer, row in zip(space.layers, combined, strict=True):
-        for (w, a), score in zip(layer.options, row, strict=True):
-            weights = (
-                repaired(first.weight, layer.name, w) + repaired(second.weight, layer.name, w)
-            ) / 2
-            assert second.act is not None
-            assert score == pytest.approx(weights + repaired(second.act, layer.name, a))
+    grown = Table(second.weight.layers, second.weight.bits, scale * second.weight.score,
+                  second.weight.stderr)  # fmt: skip
+    assert second.act is not None
+    act = Table(second.act.layers, second.act.bits, scale * second.act.score, second.act.stderr)
+    second = replace(second, weight=grown, act=act)
+    row = combined_scores(space, [first, second])
+    sizes = [sum(repaired(s.weight, name, 2) for name in space.layers) for s in (first, second)]
+    common = math.sqrt(sizes[0] * sizes[1])
+    for group, scores in zip(space.groups, row, strict=True):
+        for (w, a), score in zip(group.options, scores, strict=True):
+            of_weights = [
+                repaired(s.weight, group.name, w) * common / size
+                for s, size in zip((first, second), sizes, strict=True)
+            ]
+            of_input = repaired(act, group.name, a) * common / sizes[1]
+            assert score == pytest.approx(sum(of_weights) / 2 + of_input)
+
+
+def test_pairs_of_layers_change_what_is_chosen_and_one_that_gains_is_taken() -> None:
+    space, costs = toy_space(SIZES, (2, 4))
+    names = space.layers
+    flat = Table(names, (2, 4), np.tile([1.0, 0.0], (len(names), 1)), np.zeros((len(names), 2)))
+    alone = Sensitivity("loss", flat, None, 2, 0.0)
+    value = np.zeros((len(names), 2) * 2)
+    value[0, 0, 1, 0] = value[1, 0, 0, 0] = -1.5  # both at 2 bits cost half of what one does
+    pairs = Interactions(names, (2, 4), value, np.zeros_like(value))
+    points = list(all_points(space))
+
+    def loss(point: list[Option], both: bool) -> float:
+        at_two = [w == 2 for w, _ in point]
+        return sum(at_two) - 1.5 * (both and at_two[0] and at_two[1])
+
+    for s, both in ((alone, False), (replace(alone, pairs=pairs), True)):
+        for point in points[:: max(1, len(points) // 8)]:
+            limits = {"average_bits": totals_by_hand(SIZES, point)["average_bits"]}
+            best = min(
+                loss(p, both)
+                for p in points
+                if totals_by_hand(SIZES, p)["average_bits"] <= limits["average_bits"]
+            )
+            seeds = make_seeds(space, costs, limits, [s], 1)
+            assert loss(seeds[0], both) == pytest.approx(best)
 
 
 def some_limits(space_points: list[list[Option]], rng: np.random.Generator) -> dict[str, int]:
@@ -99,8 +144,8 @@ def test_the_first_seed_is_the_best_of_all_points_by_its_proxy(seed: int) -> Non
     scores = option_scores(space, found.weight, found.act)
 
     def loss(point: list[Option]) -> float:
-        parts = zip(space.layers, scores, point, strict=True)
-        return sum(float(row[layer.options.index(o)]) for layer, row, o in parts)
+        parts = zip(space.groups, scores, point, strict=True)
+        return sum(float(row[group.options.index(o)]) for group, row, o in parts)
 
     best = min(loss(p) for p in points if fits_by_hand(SIZES, limits, p))
     first = make_seeds(space, costs, limits, [found], 4)[0]
@@ -125,3 +170,47 @@ def test_a_point_fits_up_to_its_exact_cost(name: str) -> None:
         cost = totals_by_hand(SIZES, point)[name]
         assert fits(space, costs, {name: cost}, point)
         assert not fits(space, costs, {name: cost - 1}, point)
+
+
+TIES = [("l0", "l2"), ("l1", "l3")]
+
+
+@pytest.mark.parametrize("tie", [*TIES, ("l0", "l1", "l3")])
+def test_a_tied_options_score_is_the_sum_over_its_layers(tie: tuple[str, ...]) -> None:
+    space, _ = toy_space(SIZES, (2, 3, 4), (4, 8, 0), ties=[tie])
+    found = toy_sensitivity(space, np.random.default_rng(4), act_bits=(4, 8))
+    scores = option_scores(space, found.weight, found.act)
+    assert len(scores) == len(SIZES) - len(tie) + 1
+    assert found.act is not None
+    for group, row in zip(space.groups, scores, strict=True):
+        names = tie if group.name == tie[0] else (group.name,)
+        for (w, a), score in zip(group.options, row, strict=True):
+            expected = sum(repaired(found.weight, name, w) for name in names)
+            expected += sum(repaired(found.act, name, a) for name in names) if a else 0
+            assert score == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ties", [TIES[:1], TIES, [("l0", "l2", "l3")]])
+def test_the_first_seed_of_a_tied_space_is_the_best_of_all_its_points(
+    ties: list[tuple[str, ...]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    space, costs = toy_space(SIZES, (2, 3, 4), (4, 8), ties=ties)
+    found = toy_sensitivity(space, rng, act_bits=(4, 8))
+    assert found.act is not None
+    vectors = [spread(space, point) for point in all_points(space)]
+    limits = some_limits(vectors, rng)
+
+    def loss(options: list[Option]) -> float:
+        total = 0.0
+        for i, (w, a) in enumerate(options):
+            total += repaired(found.weight, f"l{i}", w) + repaired(found.act, f"l{i}", a)
+        return total
+
+    best = min(loss(v) for v in vectors if fits_by_hand(SIZES, limits, v))
+    seeds = [spread(space, point) for point in make_seeds(space, costs, limits, [found], 6)]
+    assert loss(seeds[0]) == pytest.approx(best, abs=1e-8)
+    for options in seeds:
+        assert fits_by_hand(SIZES, limits, options)
+        assert all(len({options[int(name[1:])] for name in tie}) == 1 for tie in ties)

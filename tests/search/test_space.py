@@ -1,10 +1,10 @@
 """The search space: what is pinned, what is free, and both ways of writing a point."""
 
 import pytest
-from toy_space import all_points, toy_layers, toy_space
+from toy_space import all_points, spread, totals_by_hand, toy_layers, toy_space
 
 from adq.quant.spec import BitVector
-from adq.search.space import Space, act_order, make_space, option_terms
+from adq.search.space import Choices, Space, act_order, make_space, option_terms
 
 FOUR = [(2, 3, 1), (4, 2, 5), (3, 4, 2), (2, 3, 1)]
 
@@ -15,23 +15,23 @@ def space_of(bits: tuple[int, ...], act: tuple[int, ...], first_last: int) -> Sp
 
 def test_first_and_last_layer_are_pinned_and_the_others_are_free() -> None:
     space = space_of((4, 2), (8,), 8)
-    assert [la.name for la in space.layers] == ["l0", "l1", "l2", "l3"]
-    assert [la.weight for la in space.layers] == [(8,), (2, 4), (2, 4), (8,)]
-    assert [la.act for la in space.layers] == [(8,)] * 4
+    assert [la.name for la in space.groups] == ["l0", "l1", "l2", "l3"]
+    assert [la.weight for la in space.groups] == [(8,), (2, 4), (2, 4), (8,)]
+    assert [la.act for la in space.groups] == [(8,)] * 4
     assert space.searched == ("l1", "l2")
     assert space.size == 4
 
 
 def test_zero_pins_nothing() -> None:
     space = space_of((2, 4, 3), (4, 8), 0)
-    assert all(la.weight == (2, 3, 4) and la.act == (4, 8) for la in space.layers)
+    assert all(la.weight == (2, 3, 4) and la.act == (4, 8) for la in space.groups)
     assert space.size == 6**4
 
 
 def test_a_pinned_layers_input_follows_unless_all_inputs_stay_in_fp32() -> None:
-    assert [la.act for la in space_of((2, 4), (4, 8), 6).layers] == [(6,), (4, 8), (4, 8), (6,)]
-    assert [la.act for la in space_of((2, 4), (0,), 6).layers] == [(0,)] * 4
-    assert [la.act for la in space_of((2, 4), (0, 4), 6).layers] == [(6,), (4, 0), (4, 0), (6,)]
+    assert [la.act for la in space_of((2, 4), (4, 8), 6).groups] == [(6,), (4, 8), (4, 8), (6,)]
+    assert [la.act for la in space_of((2, 4), (0,), 6).groups] == [(0,)] * 4
+    assert [la.act for la in space_of((2, 4), (0, 4), 6).groups] == [(6,), (4, 0), (4, 0), (6,)]
 
 
 def test_fp32_is_the_most_input_bits() -> None:
@@ -100,8 +100,81 @@ def test_option_terms_add_up_to_the_costs_of_a_bit_vector() -> None:
     terms = option_terms(space, costs)
     for point in all_points(space):
         picked = [
-            row[layer.options.index(option)]
-            for row, layer, option in zip(terms, space.layers, point, strict=True)
+            row[group.options.index(option)]
+            for row, group, option in zip(terms, space.groups, point, strict=True)
         ]
         summed = {name: sum(term[name] for term in picked) for name in picked[0]}
         assert summed == costs.totals(space.bit_vector(point))
+
+
+TIED = [("l0", "l3"), ("l1", "l4")]
+FIVE = [*FOUR, (3, 3, 4)]
+
+
+def test_tied_layers_are_one_group_where_the_first_of_them_runs() -> None:
+    space, _ = toy_space(FIVE, (4, 2), (8, 4), 0, TIED)
+    assert space.layers == ("l0", "l1", "l2", "l3", "l4")
+    names = [("l0", "l3"), ("l1", "l4"), ("l2",)]
+    assert list(space.groups) == [Choices(group, (2, 4), (4, 8)) for group in names]
+    assert [group.name for group in space.groups] == ["l0", "l1", "l2"]
+    assert space.size == 4**3
+    assert space.searched == space.layers
+    assert space.weight_choices == (2, 4)
+    assert space.uniform(4) == space.largest() == [(4, 8)] * 3
+    assert space.smallest() == [(2, 4)] * 3
+    assert list(space.distributions()) == [f"{k}:l{i}" for i in range(3) for k in ("weight", "act")]
+    assert space.bit_options == {name: [(2, 4), (2, 8), (4, 4), (4, 8)] for name in space.layers}
+
+
+def test_the_order_of_ties_and_of_their_names_makes_no_difference() -> None:
+    space = toy_space(FIVE, ties=TIED)[0]
+    assert toy_space(FIVE, ties=[("l4", "l1"), ("l3", "l0")])[0] == space
+    assert repr(toy_space(FIVE, ties=TIED[:1])[0]) != repr(space)  # what the cache's key is made of
+
+
+@pytest.mark.parametrize(
+    ("tie", "left"),
+    [
+        (("l0", "l2"), [("l0",), ("l1",), ("l2",), ("l3",), ("l4",)]),
+        (("l1", "l4"), [("l0",), ("l1",), ("l2",), ("l3",), ("l4",)]),
+        (("l0", "l1", "l3"), [("l0",), ("l1", "l3"), ("l2",), ("l4",)]),
+        (("l0", "l4"), [("l0",), ("l1",), ("l2",), ("l3",), ("l4",)]),
+    ],
+)
+def test_a_pinned_layer_leaves_its_group(tie: tuple[str, ...], left: list[tuple[str, ...]]) -> None:
+    space, _ = toy_space(FIVE, (2, 4), (8,), 6, [tie])
+    assert [group.names for group in space.groups] == left
+    pins = [(6,), *[(2, 4)] * (len(left) - 2), (6,)]
+    assert [group.weight for group in space.groups] == pins
+    assert space.searched == ("l1", "l2", "l3")
+
+
+@pytest.mark.parametrize("first_last", [0, 8])
+@pytest.mark.parametrize("act", [(8,), (0, 4)])
+def test_every_point_of_a_tied_space_is_encoded_and_costs_what_its_layers_do(
+    first_last: int, act: tuple[int, ...]
+) -> None:
+    ties = TIED if first_last == 0 else [("l1", "l3")]
+    space, costs = toy_space(FIVE, (2, 3), act, first_last, ties)
+    terms = option_terms(space, costs)
+    points = list(all_points(space))
+    assert len(points) == space.size == (2 * len(act)) ** (3 if first_last == 0 else 2)
+    keys = set()
+    for point in points:
+        params = space.encode(point)
+        assert params.keys() == space.distributions().keys()
+        assert space.decode(params) == point
+        options = spread(space, point)
+        vector = space.bit_vector(point)
+        assert list(vector.weight) == ["l0", "l1", "l2", "l3", "l4"]
+        assert list(vector.weight.values()) == [w for w, _ in options]
+        assert dict(vector.act) == {f"l{i}": a for i, (_, a) in enumerate(options) if a}
+        for tie in ties:
+            assert len({(vector.weight[name], vector.act.get(name)) for name in tie}) == 1
+        keys.add(vector.key)
+        summed = dict.fromkeys(costs.names, 0)
+        for row, group, option in zip(terms, space.groups, point, strict=True):
+            for name, term in row[group.options.index(option)].items():
+                summed[name] += term
+        assert summed == costs.totals(vector) == totals_by_hand(FIVE, options)
+    assert len(keys) == space.size

@@ -48,7 +48,7 @@ class Bench:
     def sampler(self) -> BudgetSampler:
         space, costs = self.problem.space, self.problem.costs
         limits = costs.limits(self.problem.limits)
-        scores = [np.array([0.1 * (10 - w) for w, _ in la.options]) for la in space.layers]
+        scores = [np.array([0.1 * (10 - w) for w, _ in la.options]) for la in space.groups]
         seeds = self.seeds or [space.uniform(3), space.smallest()]
         return BudgetSampler(space, costs, limits, scores, seeds, seed=4)
 

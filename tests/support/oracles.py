@@ -175,6 +175,25 @@ def unpacked(stream: bytes, bits: int, count: int) -> list[int]:
     return [number >> (i * bits) & (2**bits - 1) for i in range(count)]
 
 
+def header_bytes(name: str, weights: int, scales: int, digits: int, act: bool) -> int:
+    """What a quantized layer of a plain name takes in a packed file's header, written out: numbers
+    that depend on bits as long as they get, each part filled up to a multiple of 8."""
+    at = f'"data_offsets":[{"9" * digits},{"9" * digits}]'
+    in_metadata = f'\\"{name}\\":8,'
+    weight = (
+        f'"{name}.weight.codes":{{"dtype":"U8","shape":[{weights}],{at}}},'
+        f'"{name}.weight.codebook":{{"dtype":"F32","shape":[256],{at}}},'
+        f'"{name}.weight.scale":{{"dtype":"F32","shape":[{scales}],{at}}},'
+    )
+    inputs = (
+        f'"{name}.input.thresholds":{{"dtype":"F32","shape":[255],{at}}},'
+        f'"{name}.input.scale":{{"dtype":"F32","shape":[1],{at}}},'
+        f'"{name}.input.zero_point":{{"dtype":"F32","shape":[1],{at}}},'
+    )
+    parts = [weight, inputs] if act else [weight]
+    return sum(8 * math.ceil(len(in_metadata + part) / 8) for part in parts)
+
+
 def conv_macs(image: Sequence[int], layer: nn.Conv1d | nn.Conv2d) -> tuple[int, tuple[int, ...]]:
     """(MACs, output size) of a convolution over an image of the given side lengths.
 
@@ -209,6 +228,38 @@ def dense_traces(
         hessian = torch.autograd.functional.hessian(of_weight, weight.detach())
         out.append(hessian.reshape(weight.numel(), weight.numel()).trace().item())
     return out
+
+
+def dense_gauss_newton(
+    model: nn.Module,
+    names: Sequence[str],
+    inputs: Tensor,
+    curvature: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """E[Jᵀ A J] over the samples, for all named parameters one after the other.
+
+    `curvature` gives A of one sample from its outputs, both flat.
+    """
+    parameters = {name: model.get_parameter(name).detach() for name in names}
+    total = torch.zeros(())
+    for i in range(len(inputs)):
+
+        def outputs(p: dict[str, Tensor], i: int = i) -> Tensor:
+            return torch.func.functional_call(model, p, (inputs[i : i + 1],)).flatten()
+
+        z = outputs(parameters)
+        jacobian = torch.func.jacrev(outputs)(parameters)
+        j = torch.cat([jacobian[name].reshape(len(z), -1) for name in names], dim=1).detach()
+        total = total + j.T @ curvature(z.detach()) @ j
+    return total / len(inputs)
+
+
+def softmax_curvature(z: Tensor) -> Tensor:
+    """∂²/∂z² of a cross-entropy: diag(p) − p pᵀ at any label."""
+    p = [math.exp(v - max(z.tolist())) for v in z.tolist()]
+    p = [v / sum(p) for v in p]
+    rows = [[(a if i == j else 0.0) - a * b for j, b in enumerate(p)] for i, a in enumerate(p)]
+    return torch.tensor(rows, dtype=z.dtype)
 
 
 def monotone(scores: Sequence[Numbers], bits: Sequence[int]) -> list[list[float]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import numpy as np
+from oracles import header_bytes
 from torch import nn
 
 from adq.proxies.base import Sensitivity, Table
@@ -27,24 +28,37 @@ def toy_space(
     weight_bits: Sequence[int] = (2, 3, 4),
     act_bits: Sequence[int] = (8,),
     first_last_bits: int = 0,
+    ties: Sequence[Sequence[str]] = (),
 ) -> tuple[Space, CostModel]:
     layers = toy_layers(sizes)
-    space = make_space(layers, weight_bits, act_bits, first_last_bits)
+    space = make_space(layers, weight_bits, act_bits, first_last_bits, ties)
     model = nn.Module()
     for layer in layers:
         model.add_module(layer.name, nn.Linear(layer.weight_shape[1], layer.out_channels))
     return space, CostModel(model, layers, space.searched or tuple(la.name for la in layers))
 
 
+def spread(space: Space, point: Sequence[Option]) -> list[Option]:
+    """The option of each layer l0, l1, ..., where those of one group have the same."""
+    found: dict[int, Option] = {}
+    for group, option in zip(space.groups, point, strict=True):
+        for name in group.names:
+            found[int(name.removeprefix("l"))] = option
+    return [found[i] for i in range(len(found))]
+
+
 def totals_by_hand(sizes: Sizes, point: Sequence[Option]) -> dict[str, int]:
-    """Bits of all weights, bytes of all quantized tensors, bit operations a sample."""
+    """Bits of all weights, bytes of all quantized layers, bit operations a sample."""
     total = {"average_bits": 0, "size_bytes": 0, "bops": 0}
-    for (out, into, positions), (w, a) in zip(sizes, point, strict=True):
+    # the largest file has 8 bits everywhere; one bias an output
+    largest = sum(out * into + 4 * (256 + out) + 4 * 257 + 4 * out for out, into, _ in sizes)
+    for i, ((out, into, positions), (w, a)) in enumerate(zip(sizes, point, strict=True)):
         count = out * into
         codes = -(-count * w // 8)
         input_floats = 2**a - 1 + 2 if a else 0  # thresholds, scale, zero point
         total["average_bits"] += count * w
         total["size_bytes"] += codes + 4 * (2**w + out) + 4 * input_floats
+        total["size_bytes"] += header_bytes(f"l{i}", count, out, len(str(largest)), a != 0)
         total["bops"] += count * positions * w * (a or 32)
     return total
 
@@ -55,7 +69,7 @@ def fits_by_hand(sizes: Sizes, limits: Mapping[str, int], point: Sequence[Option
 
 
 def all_points(space: Space) -> Iterator[list[Option]]:
-    for point in product(*(product(layer.weight, layer.act) for layer in space.layers)):
+    for point in product(*(product(group.weight, group.act) for group in space.groups)):
         yield list(point)
 
 
@@ -63,8 +77,8 @@ def toy_sensitivity(
     space: Space, rng: np.random.Generator, proxy: str = "toy", act_bits: Sequence[int] = ()
 ) -> Sensitivity:
     """Scores of no order at all: more bits may seem to hurt, and some are negative."""
-    names = tuple(layer.name for layer in space.layers)
-    bits = tuple(sorted({b for layer in space.layers for b in layer.weight}))
+    names = tuple(sorted(name for group in space.groups for name in group.names))
+    bits = tuple(sorted({b for group in space.groups for b in group.weight}))
 
     def table(widths: Sequence[int]) -> Table:
         shape = (len(names), len(widths))

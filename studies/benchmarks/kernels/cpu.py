@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from grounds.resnet20 import ResNet20
 from plain_lsq import quantize_plainly_
-from resnets import ResNet20
 from torch import nn
 from torch.nn import functional as F
 

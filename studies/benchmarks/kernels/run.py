@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cpu
 import gpu
@@ -27,6 +28,7 @@ from adq.quant.files import write_json
 from adq.quant.kernels import aot
 
 HERE = Path(__file__).parent
+
 BEGIN, END = "<!-- tables: written by run.py -->", "<!-- end of tables -->"
 NO_GPU = "GPU parts are skipped: torch.cuda.is_available() is false, no kernel can run here"
 LARGEST = max(gpu.SIZES)

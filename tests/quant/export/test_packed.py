@@ -22,11 +22,11 @@ from adq.quant.errors import InputError
 from adq.quant.export import packed
 from adq.quant.export.packed import (
     PackedInput,
+    PackedSize,
     input_bytes,
     load_packed_,
     packed_tensors,
     read_metadata,
-    rest_bytes,
     save_packed,
     weight_bytes,
 )
@@ -90,6 +90,10 @@ def file(trained: nn.Module, tmp_path: Path) -> Path:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def without(model: nn.Module, *keys: str) -> dict[str, Tensor]:
+    return {key: value for key, value in model.state_dict().items() if key not in keys}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -186,10 +190,31 @@ def test_the_file_is_its_header_and_the_bytes_of_the_formulas(file: Path) -> Non
     inputs = input_bytes(8) + input_bytes(2) + input_bytes(3)
     # biases 5 + 7 + 6 + 3, `plain` 6x7, BatchNorm 4x5 floats, and its counter of 8 bytes
     rest = 4 * (21 + 42 + 20) + 8
-    assert rest_bytes(fp32(), set(BITS.weight)) == rest
     assert sum(t.nbytes for t in load_file(file).values()) == weights + inputs + rest
     [header] = struct.unpack("<Q", file.read_bytes()[:8])
     assert file.stat().st_size == 8 + header + weights + inputs + rest
+
+
+def test_the_file_has_the_size_told_from_the_fp32_model(file: Path) -> None:
+    counts = {"conv": (45, 5), "grouped": (45, 5), "line": (70, 7), "head": (18, 3)}
+    size = PackedSize(counts, without(fp32(), *(f"{name}.weight" for name in counts)))
+    assert file.stat().st_size == size.total(BITS)
+    shares = [size.layer_bytes(n, b, BITS.act.get(n)) for n, b in BITS.weight.items()]
+    assert size.fixed_bytes + sum(shares) == size.total(BITS)
+    [length] = struct.unpack("<Q", file.read_bytes()[:8])
+    header = file.read_bytes()[8 : 8 + length]
+    assert length % 8 == 0
+    assert len(header) - len(header.rstrip(b" ")) < 600
+
+
+def test_a_file_without_the_padding_is_read_as_before(trained: nn.Module, tmp_path: Path) -> None:
+    about = {"schema": "adq-model/1", "bits": BITS.to_json(), "folded": {}, "point": "t1"}
+    tensors = packed_tensors(trained)
+    digest = packed._digest(json.dumps(about), tensors)
+    save_file(tensors, tmp_path / "m", {"adq": json.dumps(about), "sha256": digest})
+    assert read_metadata(tmp_path / "m")["point"] == "t1"
+    x = data()[0][0]
+    assert torch.equal(load_packed_(fp32(seed=9), tmp_path / "m")(x), trained.eval()(x))
 
 
 def test_the_weights_really_shrink() -> None:
@@ -246,9 +271,10 @@ def test_tied_weights_are_saved_under_both_names_and_stay_tied(tmp_path: Path) -
     torch.manual_seed(0)
     model = quantize(TiedEmbedding(), {"body": 4})
     save_packed(model, tmp_path / "m", {})
-    assert sum(t.nbytes for t in load_file(tmp_path / "m").values()) == weight_bytes(
-        16, 4, 4
-    ) + rest_bytes(TiedEmbedding(), {"body"})
+    stored = sum(t.nbytes for t in load_file(tmp_path / "m").values())
+    assert stored == weight_bytes(16, 4, 4) + 4 * (40 + 40 + 4)
+    size = PackedSize({"body": (16, 4)}, without(TiedEmbedding(), "body.weight"))
+    assert (tmp_path / "m").stat().st_size == size.total(BitVector({"body": 4}))
     loaded = load_packed_(TiedEmbedding(), tmp_path / "m")
     tokens = torch.arange(10)
     assert torch.equal(loaded(tokens), model(tokens))
