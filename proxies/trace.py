@@ -176,7 +176,7 @@ class _Products:
             slopes = tuple(
                 g if g.requires_grad else g + 0 * w for g, w in zip(slopes, weights, strict=True)
             )
-            if "Error" in _node_names(slopes):
+            if "torch::autograd::Error" in _node_names(slopes):
                 # autograd takes what lies behind such a node for zero, and says nothing
                 raise InputError(
                     "this model has a function of its own that is marked @once_differentiable: it "

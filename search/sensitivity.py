@@ -137,7 +137,10 @@ def sensitivities(
         len(problem.layers),
         len(subject.bits) + len(subject.act_bits),
     )
-    kept = _read(folder) if folder.file("sensitivity.json").exists() else []
+    path = folder.file("sensitivity.json")
+    kept = _read(folder) if path.exists() else []
+    if any(s.weight.layers != subject.names for _, s in kept):
+        raise InputError(f"{path} is damaged: its layers are not those of the model")
     observer.stage("sensitivity", len(planned))
     found: list[tuple[str, Sensitivity]] = []
     refused: list[InputError] = []
@@ -168,7 +171,7 @@ def sensitivities(
     if [key for key, _ in found] != [key for key, _ in kept]:
         write_text(folder.file("sensitivity.csv"), to_csv(scores))
         entries = [{"key": key, **s.to_json()} for key, s in found]
-        write_json(folder.file("sensitivity.json"), {"schema": SCHEMA, "proxies": entries})
+        write_json(path, {"schema": SCHEMA, "proxies": entries})
     shutil.rmtree(folder.file("sensitivity"), ignore_errors=True)
     return scores
 

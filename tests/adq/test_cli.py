@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from adq.cli import main
+from adq.search.config import StudyConfig
 
 TESTS = Path(__file__).parents[1] / "support"
 QUICK = [
@@ -250,12 +251,23 @@ def test_sensitivity_gives_every_layer_and_leaves_no_study(terminal: Terminal) -
     done = terminal("sensitivity", *options, "--json")
     assert done.code == 0
     proxies = {p["proxy"]: p for p in json.loads(done.out)["proxies"]}
-    assert set(proxies) == {"hessian-trace", "fisher"}
+    assert set(proxies) == set(StudyConfig().proxy_names)
     assert all(p["unit"] == "expected loss increase" for p in proxies.values())
-    layers = proxies["fisher"]["weight"]["layers"]
+    layers = proxies[StudyConfig().proxy_names[0]]["weight"]["layers"]
     assert [p.name for p in (terminal.folder / "runs").iterdir()] == [".cache"]
     text = terminal("sensitivity", *options).out
     assert all(layer in text for layer in layers)
+    for name in ("scores.csv", "scores.json", "scores.png"):
+        assert terminal("sensitivity", name, *options).code == 0
+    content = {name: (terminal.folder / name).read_bytes() for name in
+               ("scores.csv", "scores.json", "scores.png")}  # fmt: skip
+    assert content["scores.png"].startswith(b"\x89PNG")
+    lines = content["scores.csv"].decode().splitlines()
+    assert len(lines) == 1 + sum(len(p["weight"]["layers"]) * len(p["weight"]["bits"])
+                                 for p in proxies.values())  # fmt: skip
+    again = json.loads(content["scores.json"])["proxies"]
+    assert [p["weight"] for p in again] == [p["weight"] for p in proxies.values()]
+    assert "ends in .csv, .json or .png" in terminal.refused("sensitivity", "scores.txt", *options)
 
 
 def test_a_study_file_gives_options_and_an_option_overrides_it(terminal: Terminal) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq.proxies.base import Subject, Table, quantization_errors
-from adq.proxies.trace import HessianTrace, TraceEstimate, _Products
+from adq.proxies.trace import HessianTrace, TraceEstimate, _Products, _Sketch
 from adq.proxies.work import Work
 from adq.quant.batches import batch_size
 from adq.quant.errors import InputError
@@ -157,10 +157,18 @@ def test_single_precision_keeps_the_sketch_orthonormal_on_a_steep_spectrum() -> 
     subject = quadratic(h, (4, 5), (2, 5))
     subject.model.float()
     single = replace(subject, loss=lambda z, y: subject.loss(z.double(), y))
+    weights = [part.weight for part in single.model.parts]
     for seed in range(5):
+        run = _Products(single, single.model, weights, checkpoints=False)
+        q = _Sketch.draw(8, run, torch.Generator().manual_seed(seed)).q
+        columns = torch.stack([torch.cat([t.flatten() for t in v]) for v in q]).detach().double()
+        assert 5 <= len(q) <= 8
+        torch.testing.assert_close(
+            columns @ columns.T, torch.eye(len(q)).double(), rtol=0, atol=0.01
+        )
         found = HessianTrace(8, 8, target=0).trace(replace(single, seed=seed), Work())
         assert found.trace == pytest.approx(block_traces(h, 20, 10), rel=1e-4)
-        assert (found.stderr < 1e-4).all()
+        assert (found.stderr < 1e-5).all()
 
 
 def test_a_diagonal_hessian_is_met_exactly_with_no_error() -> None:

@@ -14,7 +14,15 @@ from adq.quant.batches import seeded
 from adq.quant.errors import InputError
 from adq.quant.qat import TrainingConfig
 from adq.quant.scheme import Scheme
-from adq.search.config import OPTIONS, StudyConfig, make_config, option_name, read_toml, tie_groups
+from adq.search.config import (
+    OPTIONS,
+    PROXIES,
+    StudyConfig,
+    make_config,
+    option_name,
+    read_toml,
+    tie_groups,
+)
 
 TEXT = ["latency", "task", "model", "weights", "device", "study", "storage", "out"]
 WHOLE_FROM = {
@@ -63,7 +71,17 @@ def refused(field: str, value: Any) -> str:
 
 def test_every_option_is_in_one_of_the_lists_above() -> None:
     assert sorted(
-        [*TEXT, *WHOLE_FROM, *WORDS, *NUMBER, *LISTS, "distillation", "start_bits", "ties"]
+        [
+            *TEXT,
+            *WHOLE_FROM,
+            *WORDS,
+            *NUMBER,
+            *LISTS,
+            "distillation",
+            "start_bits",
+            "proxies",
+            "ties",
+        ]
     ) == sorted(OPTIONS)
     assert all(f.metadata["help"] for f in OPTIONS.values())
 
@@ -341,3 +359,15 @@ def test_a_later_layer_overrides_and_none_does_not() -> None:
 def test_an_unknown_option_is_named_with_what_is_allowed() -> None:
     with pytest.raises(InputError, match=r"unknown option 'trails'; allowed: task, .*trials"):
         make_config({"trails": 3})
+
+
+def test_proxies_are_names_each_once() -> None:
+    assert StudyConfig(proxies="fisher, kl").proxy_names == ("fisher", "kl")
+    assert set(StudyConfig().proxy_names) <= set(PROXIES)
+    for text, message in (
+        ("fisher,hutchinson", "proxies: expected some of .*, got 'hutchinson'"),
+        ("", "proxies: expected some of .*, got ''"),
+        ("kl,kl", "proxies: expected each once, got 'kl,kl'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            StudyConfig(proxies=text)

@@ -116,7 +116,7 @@ def make_study(
     )
     scores = more.get("scores", SCORES)
     weight = Table(LAYERS, (2, 4, 8), scores, np.abs(scores) / 8)
-    proxies = [Sensitivity("hessian-trace", weight, None, 32, 1.0)]
+    proxies = [Sensitivity("hessian", weight, None, 32, 1.0)]
     proxies.append(Sensitivity("fisher", weight, more.get("act_table"), 128, 1.0))
     write_json(folder.file("sensitivity.json"), {"proxies": [s.to_json() for s in proxies]})
     for kind, records in ((TRIALS, trials), (FINAL, finals + uniform)):
@@ -400,7 +400,7 @@ def test_searched_input_bits_get_a_chart_of_their_own(tmp_path: Path) -> None:
     assert [cell["bits"] for cell in cells] == [4, 8, FP32_BITS, FP32_BITS, FP32_BITS]
     titles = [panel["title"] for panel in page.specs["sensitivity-spec"]["hconcat"]]
     assert [(t["text"].split()[-1], t["subtitle"][0]) for t in titles] == [
-        ("weights", "hessian-trace"),
+        ("weights", "hessian"),
         ("weights", "fisher"),
         ("inputs", "fisher"),
     ]

@@ -95,8 +95,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "write_report", only_json)
         patch.setattr(run, "SEEDS", 5)
-        patch.setattr(sensitivity, "trace_effort", lambda macs: (256, 4, 256))
-        patch.setattr(sensitivity, "GRADIENT_SAMPLES", 16)
+        patch.setattr(sensitivity, "SAMPLES", 16)
         yield
 
 

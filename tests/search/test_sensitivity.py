@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,35 @@ import tiny_task
 import torch
 from torch import nn
 
+from adq.proxies.base import Subject
+from adq.proxies.direct import Direct
+from adq.proxies.gradient import Gradients
+from adq.proxies.trace import HessianTrace
+from adq.proxies.work import Work
 from adq.quant.batches import take_samples
 from adq.quant.errors import InputError
 from adq.quant.evaluate import accuracy, evaluate
 from adq.search import sensitivity
-from adq.search.config import StudyConfig
+from adq.search.config import PROXIES, WEIGHT_PROXIES, StudyConfig
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
 from adq.search.sensitivity import (
+    EFFORT,
+    FEWEST_SAMPLES,
+    MICRO_BATCH_MACS,
     load_sensitivities,
-    measure,
+    plans,
     rows,
     sensitivities,
+    subject_of,
     to_csv,
-    trace_effort,
 )
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sensitivity, "trace_effort", lambda macs: (64, 4, 25))
-    monkeypatch.setattr(sensitivity, "GRADIENT_SAMPLES", 16)
+    monkeypatch.setattr(sensitivity, "SAMPLES", 32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,24 +58,51 @@ def equal(a: Any, b: Any) -> bool:
     return [x.to_json() for x in a] == [x.to_json() for x in b]
 
 
+def measure(problem: Problem, model: nn.Module, observer: Observer) -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return sensitivities(problem, model, StudyFolder(Path(folder)), observer)
+
+
 @pytest.mark.parametrize("macs", [1, 10**5, 4 * 10**7, 2 * 10**9, 10**12])
-def test_the_effort_of_a_trace_is_bounded_in_time_and_memory(macs: int) -> None:
-    samples, probes, micro_batch = trace_effort(macs)
-    assert 16 <= samples <= 256
-    assert probes in (8, 32)
-    assert 1 <= micro_batch <= samples
-    assert samples == 16 or samples * probes * macs <= 10**12
-    assert micro_batch == 1 or micro_batch * macs <= 4 * 10**9
-    if macs <= 10**8:  # the digits, and CIFAR-10's ResNet-20
-        assert (samples, probes) == (256, 32)
+def test_the_effort_of_every_proxy_is_bounded_in_time_and_memory(
+    macs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "SAMPLES", 256)
+    planned = plans(PROXIES, macs, 10**6, 20, 5)
+    assert sorted(name for plan in planned for name in plan.names) == sorted(PROXIES)
+    for plan in planned:
+        assert FEWEST_SAMPLES <= plan.samples <= 256
+        assert 1 <= plan.batch <= plan.samples
+        assert plan.batch == 1 or plan.batch * macs <= MICRO_BATCH_MACS
+        if isinstance(plan.proxy, HessianTrace):
+            passes = 4 * (plan.proxy.probes + 2 * plan.proxy.rank)
+        elif isinstance(plan.proxy, Gradients):
+            passes = 8
+        elif isinstance(plan.proxy, Direct):
+            passes = 50
+        else:
+            passes = 50 + 28 * 25  # every pair of 8 layers, at 5 x 5 bits
+        assert plan.samples == FEWEST_SAMPLES or plan.samples * passes * macs <= EFFORT
+        if macs <= 10**5:
+            assert plan.samples == 256
+    at_once = {plan.names for plan in planned}
+    assert ("gauss-newton", "fisher", "gauss-newton-trace") in at_once
+    assert ("empirical-fisher", "output-gradient") in at_once
+
+
+def test_a_model_too_large_for_a_sketch_gets_plain_probes() -> None:
+    small, large = (plans(["hessian"], 10**9, n, 20, 5)[0].proxy for n in (10**6, 10**8))
+    assert isinstance(small, HessianTrace)
+    assert isinstance(large, HessianTrace)
+    assert (small.rank, large.rank) == (8, 0)
 
 
 def test_tables_have_a_row_a_layer_and_a_column_for_each_width_in_use() -> None:
-    problem = problem_of()
-    trace, fisher = measure(problem, problem.initial_model, Observer())
-    assert (trace.proxy, trace.samples) == ("hessian-trace", 4)
-    assert (fisher.proxy, fisher.samples) == ("fisher", 16)
-    for found in (trace, fisher):
+    problem = problem_of(proxies="hessian,fisher,kl")
+    trace, fisher, kl = measure(problem, problem.initial_model, Observer())
+    assert [s.proxy for s in (trace, fisher, kl)] == ["hessian", "fisher", "kl"]
+    assert (fisher.samples, kl.samples) == (32, 32)
+    for found in (trace, fisher, kl):
         assert found.weight.layers == ("conv1", "conv2", "conv3", "hidden", "out")
         assert found.weight.bits == (2, 3, 4, 8)  # 8 is the pinned layers'
         assert found.weight.score.shape == found.weight.stderr.shape == (5, 4)
@@ -75,30 +110,38 @@ def test_tables_have_a_row_a_layer_and_a_column_for_each_width_in_use() -> None:
 
 
 def test_inputs_are_scored_where_there_is_a_choice_and_fp32_needs_no_score() -> None:
-    problem = problem_of(act_bits=(0, 4, 8))
+    problem = problem_of(act_bits=(0, 4, 8), proxies="hessian,fisher")
     trace, fisher = measure(problem, problem.initial_model, Observer())
     assert trace.act is None
     assert fisher.act is not None
     assert fisher.act.bits == (4, 8)
     assert fisher.act.score.shape == (5, 2)
-    assert measure(problem_of(act_bits=(0,)), problem.initial_model, Observer())[1].act is None
+    fp32 = problem_of(act_bits=(0,), proxies="fisher")
+    assert measure(fp32, problem.initial_model, Observer())[0].act is None
+
+
+def test_searched_inputs_need_a_proxy_that_scores_them() -> None:
+    for name in WEIGHT_PROXIES:
+        problem = problem_of(act_bits=(4, 8), proxies=name)
+        with pytest.raises(InputError, match=f"proxies: {name} score weights alone.*add one"):
+            measure(problem, problem.initial_model, Observer())
 
 
 def test_one_seed_measures_the_same_and_another_does_not() -> None:
     def scores(seed: int) -> list[np.ndarray]:
-        problem = problem_of(seed=seed)
+        problem = problem_of(seed=seed, proxies="hessian,loss")
         model = problem_of().initial_model
         return [s.weight.score for s in measure(problem, model, Observer())]
 
     first = scores(0)
     assert all(map(np.array_equal, first, scores(0)))
     assert not any(map(np.array_equal, first, scores(1)))
-    # on the same samples the seed decides the probes of the trace, and Fisher draws nothing
-    problem = problem_of()
+    # on the same samples the seed decides the probes of the trace, and the loss draws nothing
+    problem = problem_of(proxies="hessian,loss")
     reseeded = replace(problem, config=replace(problem.config, seed=1))
-    trace, fisher = measure(reseeded, problem.initial_model, Observer())
+    trace, loss = measure(reseeded, problem.initial_model, Observer())
     assert not np.array_equal(trace.weight.score, first[0])
-    assert np.array_equal(fisher.weight.score, first[1])
+    assert np.array_equal(loss.weight.score, first[1])
 
 
 def test_a_layer_scored_sensitive_is_sensitive() -> None:
@@ -115,22 +158,93 @@ def test_a_layer_scored_sensitive_is_sensitive() -> None:
     assert evaluate(model, data, problem.task.loss, accuracy).samples == 8  # it still runs
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any) -> Any:
+        raise AssertionError("measured twice")
+
+    for proxy in (HessianTrace, Gradients, Direct):
+        monkeypatch.setattr(proxy, "measure", never)
+
+
 def test_they_are_measured_once_a_study_and_read_back_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, problem = StudyFolder(tmp_path), problem_of(act_bits=(4, 8))
     first = sensitivities(problem, problem.initial_model, folder, Observer())
-    assert json.loads((tmp_path / "sensitivity.json").read_text())["schema"] == "adq-sensitivity/1"
-
-    def never(*args: Any) -> Any:
-        raise AssertionError("measured twice")
-
-    monkeypatch.setattr(sensitivity, "measure", never)
+    assert json.loads((tmp_path / "sensitivity.json").read_text())["schema"] == "adq-sensitivity/2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "sensitivity.csv",
+        "sensitivity.json",
+    ]
+    refuse(monkeypatch)
     again = sensitivities(problem, problem.initial_model, folder, Observer())
     assert equal(first, again)
     assert equal(first, load_sensitivities(folder))
-    assert again[1].act is not None
-    assert again[1].act.score.dtype == np.float64
+
+
+def test_one_more_proxy_measures_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, problem = StudyFolder(tmp_path), problem_of(proxies="fisher,hessian")
+    first = sensitivities(problem, problem.initial_model, folder, Observer())
+    monkeypatch.setattr(HessianTrace, "measure", None)
+    more = replace(problem, config=replace(problem.config, proxies="hessian,kl"))
+    (trace, kl) = sensitivities(more, problem.initial_model, folder, Observer())
+    assert equal([trace], [s for s in first if s.proxy == "hessian"])
+    assert kl.proxy == "kl"
+
+
+def test_other_weights_or_data_are_measured_anew(tmp_path: Path) -> None:
+    folder, problem = StudyFolder(tmp_path), problem_of(proxies="fisher")
+    model = problem.initial_model
+    (first,) = sensitivities(problem, model, folder, Observer())
+    with torch.no_grad():
+        model.hidden.weight.mul_(1.01)
+    (second,) = sensitivities(problem, model, folder, Observer())
+    assert not np.array_equal(first.weight.score, second.weight.score)
+    other = replace(problem, calibration=problem.calibration[::-1])
+    (third,) = sensitivities(other, model, folder, Observer())
+    assert not np.array_equal(second.weight.score, third.weight.score)
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, problem = StudyFolder(tmp_path), problem_of(proxies="loss")
+    plain = measure(problem, problem.initial_model, Observer())
+    calls: list[int] = []
+    real = Work._keep
+
+    def dying(self: Work, part: int, result: Any) -> Any:
+        calls.append(part)
+        kept = real(self, part, result)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return kept
+
+    monkeypatch.setattr(Work, "_keep", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivities(problem, problem.initial_model, folder, Observer())
+    assert not folder.file("sensitivity.json").exists()
+    resumed = sensitivities(problem, problem.initial_model, folder, Observer())
+    assert sorted(calls) == list(range(8))  # each part once, over both runs
+    assert np.array_equal(resumed[0].weight.score, plain[0].weight.score)
+    assert resumed[0].passes == plain[0].passes
+
+
+def test_several_devices_score_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(proxies="hessian,fisher,loss")
+    one = measure(problem, problem.initial_model, Observer())
+    real = subject_of
+
+    def on_two(*args: Any) -> Subject:
+        return replace(real(*args), devices=(torch.device("cpu"),) * 2)
+
+    monkeypatch.setattr(sensitivity, "subject_of", on_two)
+    two = measure(problem, problem.initial_model, Observer())
+    assert all(
+        np.array_equal(a.weight.score, b.weight.score) for a, b in zip(one, two, strict=True)
+    )
 
 
 def test_the_csv_has_a_row_for_every_entry(tmp_path: Path) -> None:
@@ -139,7 +253,8 @@ def test_the_csv_has_a_row_for_every_entry(tmp_path: Path) -> None:
     text = (tmp_path / "sensitivity.csv").read_text()
     assert text == to_csv(found)
     lines = list(csv.DictReader(text.splitlines()))
-    assert len(lines) == len(list(rows(found))) == 5 * 4 + 5 * 4 + 5 * 2
+    entries = sum(s.weight.score.size + (0 if s.act is None else s.act.score.size) for s in found)
+    assert len(lines) == len(list(rows(found))) == entries
     for line in lines:
         (s,) = (s for s in found if s.proxy == line["proxy"])
         table = s.weight if line["kind"] == "weight" else s.act
@@ -165,7 +280,9 @@ def test_an_error_of_the_users_loss_is_one_line_and_leaves_no_file(tmp_path: Pat
 
     problem = problem_of()
     problem = replace(problem, task=replace(problem.task, loss=broken))
-    with pytest.raises(InputError, match=r"task 't', measuring sensitivities: Run.*cannot do that"):
+    with pytest.raises(
+        InputError, match=r"task 't', measuring sensitivities .*Run.*cannot do that"
+    ):
         sensitivities(problem, problem.initial_model, StudyFolder(tmp_path), Observer())
     assert list(tmp_path.iterdir()) == []
 
@@ -195,40 +312,46 @@ class Told(Observer):
 
 def problem_of_model(model: nn.Module) -> Problem:
     task = replace(tiny_task.make_task(), model=lambda: model)
-    config = StudyConfig(task="t", budget_bits=3.0, bits=(2, 4), first_last_bits=0, act_bits=(4, 8))
+    config = StudyConfig(
+        task="t",
+        budget_bits=3.0,
+        bits=(2, 4),
+        first_last_bits=0,
+        act_bits=(4, 8),
+        proxies="hessian,fisher",
+    )
     return make_problem(config, task)
 
 
 def test_fused_attention_gets_its_hessian_trace_all_the_same() -> None:
     problem, told = problem_of_model(Attention()), Told()
     trace, _ = measure(problem, problem.initial_model, told)
-    assert trace.proxy == "hessian-trace"
+    assert trace.proxy == "hessian"
     assert np.isfinite(trace.weight.score).all()
     assert (trace.weight.score > 0).any()
     assert told.messages == []
 
 
-def test_a_model_without_second_derivative_is_scored_by_gradients_and_says_so() -> None:
+def without_second_derivative() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Flatten(), nn.Linear(64, 9), nn.Hardsigmoid(), nn.Linear(9, 9), nn.Linear(9, 10)]
-    problem, told = problem_of_model(nn.Sequential(*layers)), Told()
+    return nn.Sequential(*layers)
+
+
+def test_a_proxy_that_cannot_score_the_model_is_left_out_and_says_so() -> None:
+    problem, told = problem_of_model(without_second_derivative()), Told()
     found = measure(problem, problem.initial_model, told)
     assert [s.proxy for s in found] == ["fisher"]
     assert found[0].act is not None
     (message,) = told.messages
-    assert "no second derivative" in message
-    assert "gradient score alone" in message
+    assert message.startswith("hessian: this model has no second derivative")
 
 
-def test_another_runtime_error_is_not_taken_for_a_missing_derivative(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*args: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(sensitivity, "trace_sensitivity", broken)
-    problem = problem_of()
-    with pytest.raises(RuntimeError, match="out of memory"):
+def test_where_no_proxy_can_score_the_model_the_study_ends() -> None:
+    problem = problem_of_model(without_second_derivative())
+    alone = replace(problem.config, proxies="hessian", act_bits=(8,))
+    problem = make_problem(alone, replace(problem.task, model=without_second_derivative))
+    with pytest.raises(InputError, match="no second derivative"):
         measure(problem, problem.initial_model, Observer())
 
 
