@@ -202,6 +202,7 @@ class Subject:
         return content_hash(
             {
                 "settings": settings,
+                "model": repr(self.model),
                 "weights": dict(self.model.state_dict()),
                 "batches": list(self.batches),
                 "layers": self.names,

@@ -3,14 +3,15 @@
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def content_hash(value: Any) -> str:
-    """Sixteen hexadecimal digits that follow from the content: of tensors (type, shape, bytes), of
-    lists, tuples and dictionaries (in their order) of such values, and of whatever else has a repr
-    that tells it apart."""
+    """Sixteen hexadecimal digits that follow from the content: of tensors and arrays (type, shape,
+    bytes), of lists, tuples and dictionaries (in their order) of such values, and of whatever else
+    has a repr that tells it apart."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -18,6 +19,9 @@ def content_hash(value: Any) -> str:
             array = value.detach().cpu().contiguous()
             digest.update(f"{array.dtype} {tuple(array.shape)}\n".encode())
             digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, np.ndarray):
+            digest.update(f"{value.dtype} {value.shape}\n".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
         elif isinstance(value, tuple | list):
             digest.update(f"{len(value)} of\n".encode())
             for part in value:

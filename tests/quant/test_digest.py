@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 
 from adq.quant.digest import content_hash
@@ -107,3 +108,12 @@ def test_it_is_the_same_in_another_process() -> None:
 def test_sixteen_hexadecimal_digits() -> None:
     assert len(content_hash(VALUE)) == 16
     assert int(content_hash(VALUE), 16) >= 0
+
+
+def test_large_arrays_whose_repr_is_cut_short_are_told_apart() -> None:
+    one = np.zeros(5000)
+    other = one.copy()
+    other[2500] = 1
+    assert repr(one) == repr(other)
+    assert content_hash(one) != content_hash(other)
+    assert content_hash(one) == content_hash(np.zeros(10000)[::2])

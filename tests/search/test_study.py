@@ -130,7 +130,7 @@ def fresh(template: tuple[StudyFolder, Bench], tmp_path: Path) -> Callable[[str]
 def test_the_study_names_its_metric_and_costs_and_their_directions(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    folder, _ = make_study(tmp_path, budget_size_mb=0.0088, act_bits=(4, 8))
+    folder, _ = make_study(tmp_path, budget_size_mb=0.0115, act_bits=(4, 8))
     assert len(recwarn) == 0  # Optuna calls the names experimental; users need not hear of it
     study = load(folder)
     assert study.metric_names == ["accuracy", "average_bits", "size_bytes", "bops"]
