@@ -74,7 +74,7 @@ class HessianTrace:
     and slower.
     """
 
-    rank: int = 8
+    rank: int = 16
     probes: int = 64
     block: int = 4
     target: float = 0.1

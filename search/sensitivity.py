@@ -64,8 +64,8 @@ def plans(names: Sequence[str], macs: int, weights: int, layers: int, widths: in
 
     if "hessian" in names:
         # a probe averages over more weights in a large model: fewer will do
-        probes = 64 if samples_of(4 * 80) == SAMPLES else 8
-        rank = 8 if 3 * 8 * weights <= VECTOR_WEIGHTS else 0
+        probes = 64 if samples_of(4 * 96) == SAMPLES else 8
+        rank = 16 if 3 * 16 * weights <= VECTOR_WEIGHTS else 0
         proxy = HessianTrace(rank, probes)
         samples = samples_of(4.0 * (probes + 2 * rank))
         batch = max(1, min(MICRO_BATCH_MACS // macs, samples))

@@ -54,8 +54,7 @@ class Setting:
 
 SETTINGS = {
     "cifar10": Setting(
-        "ResNet-20, CIFAR-10, weights", cifar10.load, cifar10.fp32, cifar10.augmented, 60, 64,
-        repeats=16,
+        "ResNet-20, CIFAR-10, weights", cifar10.load, cifar10.fp32, cifar10.augmented, 60, 64
     ),
     "fashion": Setting(
         "small CNN, Fashion-MNIST, weights", fashion.load, fashion.fp32, mirrored, 250, 128

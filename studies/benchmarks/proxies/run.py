@@ -102,16 +102,15 @@ def environment() -> dict[str, Any]:
 def summarise(
     found: dict[str, dict[str, Any]], seconds: dict[str, dict[str, list[float]]]
 ) -> dict[str, float]:
-    theirs, ours = found[traces.PYHESSIAN], found[traces.DEFAULT]
+    theirs, ours = found[traces.PYHESSIAN], found[traces.GAUSS_NEWTON]
     key = "time_at_equal_stderr"
     summary: dict[str, float] = {
         f"pyhessian_over_ours_{key}": theirs["seconds"] / ours["seconds"],
         f"pyhessian_over_ours_{key}_geometric_mean": _by_layer(theirs, ours),
-        f"pyhessian_over_ours_{key}_same_probes_in_all_layers": theirs["seconds_same_probes"]
-        / ours["seconds"],
     }
-    relative = traces.TARGET * (ours["most"] / HessianTrace().probes) ** 0.5
-    summary["ours_largest_relative_stderr_at_default_probes"] = relative
+    hessian = found[traces.DEFAULT]
+    relative = traces.TARGET * (hessian["most"] / HessianTrace().probes) ** 0.5
+    summary["hessian_largest_relative_stderr_at_default_probes"] = relative
     for name, one in found.items():
         summary[f"{name}_probe_ms"] = 1e3 * one["each"].sum()
         summary[f"{name}_fixed_ms"] = 1e3 * one["fixed"].sum()
