@@ -32,6 +32,7 @@ IN_PYTHON = "python"
 
 AMPS = ("auto", "off", "bf16", "fp16")
 BATCHNORM = ("reestimate", "keep")
+SWITCH = ("off", "on")
 PROXIES = (
     "gauss-newton",
     "hessian",
@@ -95,6 +96,9 @@ class StudyConfig:
     proxies: str = _option(
         "gauss-newton,hessian", "text", f"scores to start the search from: {', '.join(PROXIES)}"
     )
+    gradient_checkpoints: str = _option(
+        "off", "text", "off, or on: the hessian proxy takes less memory and more time"
+    )
     trials: int = _option(24, "whole", "candidates to train", 1)
     epochs: int = _option(3, "whole", "epochs of each candidate's fine-tuning", 0)
     final_epochs: int = _option(10, "whole", "epochs of the front's final fine-tuning", 0)
@@ -149,10 +153,12 @@ class StudyConfig:
             raise InputError(f"proxies: expected some of {', '.join(PROXIES)}, got {unknown[0]!r}")
         if len(set(names)) < len(names):
             raise InputError(f"proxies: expected each once, got {self.proxies!r}")
-        for name, words in (("amp", AMPS), ("batchnorm", BATCHNORM)):
+        words_of = {"amp": AMPS, "batchnorm": BATCHNORM, "gradient_checkpoints": SWITCH}
+        for name, words in words_of.items():
             value = getattr(self, name)
             if value not in words:
-                raise InputError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
+                option = name.replace("_", "-")
+                raise InputError(f"{option}: expected one of {', '.join(words)}, got {value!r}")
         if self.first_last_bits and not MIN_BITS <= self.first_last_bits <= MAX_BITS:
             raise InputError(
                 f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "

@@ -19,6 +19,7 @@ from adq.quant.qat import Epoch, TrainingConfig, train_
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem
+from adq.search.space import option_terms
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
     try:
         if data["task_key"] != task_key(problem):
             raise InputError(
-                f"study {folder.name!r}: the task's data, loss or model, or the choices of bits, "
-                "are not those that the study began with; restore them, or start a new study"
+                f"study {folder.name!r}: the task's data, loss or model, the choices of bits or what "
+                "they cost are not those that the study began with; restore them, or start a new "
+                "study"
             )
         found = Fp32(
             model.eval(),
@@ -144,12 +146,13 @@ def content_key(problem: Problem, epochs: int) -> str:
 
 def task_key(problem: Problem, *, choices: bool = True) -> str:
     """A hash of the task: its data (`data_key` and first batches), loss and model, as source code
-    where there is any, and, if asked for, the choices of bits."""
+    where there is any, and, if asked for, the choices of bits and what each costs."""
     task, model = problem.task, problem.initial_model
     kinds = sorted({type(m) for m in model.modules()}, key=lambda kind: kind.__qualname__)
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
     with seeded(problem.config.seed):
         validation = take_samples(task.validation, 256)
+    terms = option_terms(problem.space, problem.costs)
     return content_hash(
         [
             task.data_key,
@@ -157,7 +160,7 @@ def task_key(problem: Problem, *, choices: bool = True) -> str:
             [_source(thing) for thing in (task.loss, *own)],
             problem.calibration,
             validation,
-            repr((problem.space, problem.config.scheme)) if choices else "",
+            repr((problem.space, problem.config.scheme, terms)) if choices else "",
         ]
     )
 

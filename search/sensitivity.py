@@ -46,7 +46,14 @@ class Plan:
     batch: int
 
 
-def plans(names: Sequence[str], macs: int, weights: int, layers: int, widths: int) -> list[Plan]:
+def plans(
+    names: Sequence[str],
+    macs: int,
+    weights: int,
+    layers: int,
+    widths: int,
+    checkpoints: bool = False,
+) -> list[Plan]:
     """What each named score takes, for a model of `macs` MACs a sample and so many weights.
 
     Scores that come from the same passes are one plan. Small models get 256 samples; large ones
@@ -66,7 +73,7 @@ def plans(names: Sequence[str], macs: int, weights: int, layers: int, widths: in
         # a probe averages over more weights in a large model: fewer will do
         probes = 64 if samples_of(4 * 96) == SAMPLES else 8
         rank = 16 if 3 * 16 * weights <= VECTOR_WEIGHTS else 0
-        proxy = HessianTrace(rank, probes)
+        proxy = HessianTrace(rank, probes, checkpoints=checkpoints)
         samples = samples_of(4.0 * (probes + 2 * rank))
         batch = max(1, min(MICRO_BATCH_MACS // macs, samples))
         found.append(Plan(("hessian",), proxy, samples, batch))
@@ -136,6 +143,7 @@ def sensitivities(
         sum(layer.weight_numel for layer in problem.layers),
         len(problem.layers),
         len(subject.bits) + len(subject.act_bits),
+        problem.config.gradient_checkpoints == "on",
     )
     path = folder.file("sensitivity.json")
     kept = _read(folder) if path.exists() else []

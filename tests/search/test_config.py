@@ -39,6 +39,7 @@ WORDS = {
     "optimizer": ["adamw", "sgd"],
     "amp": ["auto", "off", "bf16", "fp16"],
     "batchnorm": ["reestimate", "keep"],
+    "gradient_checkpoints": ["off", "on"],
     "weight_quantizer": ["adq", "lsq", "n2uq", "apot", "minmax"],
     "act_quantizer": ["n2uq", "lsq", "pact", "minmax"],
     "codebook_start": ["quantile-lloyd", "quantile", "midpoint", "uniform"],

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adq.proxies.costs import CostModel
+from adq.proxies.latency import from_callable
 from adq.quant.batches import seeded
 from adq.quant.errors import InputError
 from adq.quant.evaluate import evaluate
@@ -190,6 +192,15 @@ def test_the_source_of_the_loss_and_of_the_models_own_modules_counts(tmp_path: P
     assert fp32.task_key(problem_of(task)) == fp32.task_key(problem_of(tiny_task.make_task()))
     wide = problem_of(task, budget_bits=3.0)
     assert fp32.task_key(wide) != fp32.task_key(problem_of(task, bits=(2, 3), budget_bits=3.0))
+
+    # another latency table gives the same bits other costs
+    def timed(seconds: float) -> Problem:
+        latency = from_callable(lambda *_: seconds)
+        parts = (same.initial_model, same.layers, same.space.searched)
+        return replace(same, costs=CostModel(*parts, latency=latency))
+
+    one, other = timed(1e-3), timed(2e-3)
+    assert len({fp32.task_key(p) for p in (same, one, other)}) == 3
 
 
 class Tied(tiny_task.TinyNet):

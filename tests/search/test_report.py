@@ -118,7 +118,9 @@ def make_study(
     weight = Table(LAYERS, (2, 4, 8), scores, np.abs(scores) / 8)
     proxies = [Sensitivity("hessian", weight, None, 32, 1.0)]
     proxies.append(Sensitivity("fisher", weight, more.get("act_table"), 128, 1.0))
-    write_json(folder.file("sensitivity.json"), {"proxies": [{"key": "k", **s.to_json()} for s in proxies]})
+    write_json(
+        folder.file("sensitivity.json"), {"proxies": [{"key": "k", **s.to_json()} for s in proxies]}
+    )
     for kind, records in ((TRIALS, trials), (FINAL, finals + uniform)):
         for each in records:
             folder.write_record(kind, each)

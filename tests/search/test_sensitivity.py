@@ -97,6 +97,22 @@ def test_a_model_too_large_for_a_sketch_gets_plain_probes() -> None:
     assert (small.rank, large.rank) == (16, 0)
 
 
+def test_gradient_checkpoints_are_the_users_choice() -> None:
+    for switch in ("off", "on"):
+        problem = problem_of(proxies="hessian", gradient_checkpoints=switch)
+        seen = []
+
+        def spy(self: HessianTrace, *args: Any, seen: list[bool] = seen) -> Any:
+            seen.append(self.checkpoints)
+            raise InputError("seen enough")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HessianTrace, "measure", spy)
+            with pytest.raises(InputError, match="seen enough"):
+                measure(problem, problem.initial_model, Observer())
+        assert seen == [switch == "on"]
+
+
 def test_tables_have_a_row_a_layer_and_a_column_for_each_width_in_use() -> None:
     problem = problem_of(proxies="hessian,fisher,kl")
     trace, fisher, kl = measure(problem, problem.initial_model, Observer())
