@@ -1,8 +1,9 @@
 """One score out of several, weighted by what some measured results say.
 
-Each proxy p gives two features of a bit vector z: x_p(z) = Σ_l S_p[l, z_l], inputs included where
-it scores them, and the same of √S_p, element by element, since a fine-tuning repairs large damages
-more than small ones. S is the monotone table. The model is
+Each proxy p gives two features of a bit vector z: x_p(z) = Σ_l S_p[l, z_l] over the weights of the
+layers, and the same of √S_p, element by element, since a fine-tuning repairs large damages more
+than small ones. Their inputs, where it scores them, give two more: fine-tuning repairs weights far
+better than inputs (studies/proxy_fidelity). S is the monotone table. The model is
 
     loss(z) ≈ c + Σ_k β_k x_k(z),   β_k >= 0.
 
@@ -59,7 +60,8 @@ class Features:
 class Ensemble:
     """M members c + Σ_k β_k x_k, in the unit of the losses.
 
-    constants (M,), coefficients (M, K): for each proxy, in order, β of its S and of its √S
+    constants (M,), coefficients (M, K): for each proxy, in order, β of its S and of its √S of
+    weights, then the same of inputs where there are tables of them
     results, seconds: what it was fitted on, and for how long
     """
 
@@ -84,8 +86,9 @@ class Ensemble:
     @property
     def sensitivity(self) -> Sensitivity:
         """The tables Σ_k β_k S_k. They sum to `predict` less a constant."""
-        act = None if self.act is None else self.act.weighted(self.coefficients)
-        weight = self.weight.weighted(self.coefficients)
+        cut = len(self.weight.score)
+        act = None if self.act is None else self.act.weighted(self.coefficients[:, cut:])
+        weight = self.weight.weighted(self.coefficients[:, :cut])
         return Sensitivity("ensemble", weight, act, self.results, self.seconds)
 
 
@@ -176,7 +179,7 @@ def stack(tables: Sequence[Table | None]) -> Features | None:
 
 
 def features(vectors: Sequence[BitVector], weight: Features, act: Features | None) -> Array:
-    """x[v, k], one row a bit vector. Inputs add nothing where no proxy scores them. Raises
+    """x[v, k], one row a bit vector: features of weights, then of inputs. Raises
     InputError for a vector of other layers than the tables'."""
     rows = []
     for vector in vectors:
@@ -185,5 +188,5 @@ def features(vectors: Sequence[BitVector], weight: Features, act: Features | Non
                 f"a bit vector says nothing about layer {missing[0]!r}, which is scored"
             )
         row = weight.of(vector.weight)
-        rows.append(row if act is None else row + act.of(vector.act))
+        rows.append(row if act is None else np.concatenate([row, act.of(vector.act)]))
     return np.stack(rows)

@@ -94,7 +94,7 @@ class StudyConfig:
         "Linear layers read one input), none, or groups like a.conv=a.shortcut,b=c=d",
     )
     proxies: str = _option(
-        "gauss-newton,hessian", "text", f"scores to start the search from: {', '.join(PROXIES)}"
+        "kl,gauss-newton-trace", "text", f"scores to start the search from: {', '.join(PROXIES)}"
     )
     gradient_checkpoints: str = _option(
         "off", "text", "off, or on: the hessian proxy takes less memory and more time"

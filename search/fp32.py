@@ -74,9 +74,9 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
     try:
         if data["task_key"] != task_key(problem):
             raise InputError(
-                f"study {folder.name!r}: the task's data, loss or model, the choices of bits or what "
-                "they cost are not those that the study began with; restore them, or start a new "
-                "study"
+                f"study {folder.name!r}: the task's data, loss or model, the choices of bits or "
+                "what they cost are not those that the study began with; restore them, or start a "
+                "new study"
             )
         found = Fp32(
             model.eval(),

@@ -42,6 +42,7 @@ from adq.quant.files import write_json
 from adq.quant.layers import trace_layers
 from adq.quant.spec import BitVector
 from adq.search.config import StudyConfig
+from adq.search.seeds import INPUT_WEIGHT
 
 HERE = Path(__file__).parent
 
@@ -57,10 +58,13 @@ PROXIES: dict[str, tuple[Proxy, int]] = {
 }
 """Name in the file -> a proxy and its batch size. All see the same 256 training images."""
 
-ENSEMBLE_OF = ("hessian", "gauss-newton", "fisher", "loss", "kl")
+ENSEMBLE_OF = ("gauss-newton", "gauss-newton-trace", "loss", "kl")
+FACTORS = 2.0 ** np.arange(-4, 9)
+"""By how much inputs may weigh more than weights; see `inputs_weighed`."""
 FITTED_ON, SPLITS = 16, 40
 RESAMPLES = 2000
 DEFAULT = tuple(StudyConfig().proxy_names)
+Truth = list[dict[str, Any]]
 
 
 def score(name: str, folder: Path) -> dict[str, Sensitivity]:
@@ -112,11 +116,36 @@ def contenders(found: dict[str, Sensitivity], here: Ground) -> dict[str, Sensiti
         **alone,
         "gauss-newton, all pairs": found["gauss-newton"],
         "pairwise": found["pairwise"],
-        "default": combined([alone[name] for name in DEFAULT]),
+        "default": _inputs_times(combined([alone[name] for name in DEFAULT]), INPUT_WEIGHT),
     }
 
 
-Truth = list[dict[str, Any]]
+def _inputs_times(s: Sensitivity, factor: float) -> Sensitivity:
+    return replace(s, act=s.act and replace(s.act, score=factor * s.act.score))
+
+
+def inputs_weighed(
+    singles: dict[str, Sensitivity], vectors: list[BitVector], truth: Truth
+) -> tuple[str, dict[str, float]]:
+    """How the correlation changes with the weight of inputs against weights: a table, and for each
+    score the factor that is best on validation, with the correlation on test there."""
+    rows, best = [], {}
+    for name, s in singles.items():
+        if s.act is None:
+            continue
+        expected = {
+            k: np.array([predicted(_inputs_times(s, k), v) for v in vectors]) for k in FACTORS
+        }
+        of_split = {
+            split: {k: spearmanr(x, losses(truth, split)).statistic for k, x in expected.items()}
+            for split in ("validation", "test")
+        }
+        factor = max(FACTORS, key=lambda k: of_split["validation"][k])
+        best[f"best_input_weight_{_key(name)}"] = factor
+        best[f"spearman_at_best_input_weight_{_key(name)}"] = of_split["test"][factor]
+        rows.append([name, *(f"{of_split['test'][k]:.3f}" for k in FACTORS), f"{factor:g}"])
+    header = ["score", *(f"x {k:g}" for k in FACTORS), "best on validation"]
+    return table(header, rows), best
 
 
 def losses(truth: Truth, split: str, seed: int | None = None) -> np.ndarray:
@@ -204,7 +233,7 @@ def report(
         header = ["score", "Spearman, test", "Kendall, test", "Spearman, validation", "s", "passes"]
         tables[name] = table(header, rows)
         singles = [n for n in scores[name] if n != "pairwise"]
-        best = max(singles, key=lambda n: of_validation[n])
+        best = max(singles, key=lambda n: of_test[n])
         once, again = (losses(truth, "test", seed) for seed in (0, 1))
         summary |= {
             f"spearman_default_{name}": of_test["default"],
@@ -217,7 +246,10 @@ def report(
             ),
         }
         summary |= {f"spearman_{_key(n)}_{name}": v for n, v in of_test.items() if n in singles}
-        print(name, "best single on validation:", best, of_validation[best])
+        if here.setting.act:
+            weighed = inputs_weighed({n: compared[n] for n in singles}, vectors, truth)
+            tables["inputs"], best_factors = weighed
+            summary |= best_factors
     write_between(HERE / "README.md", tables)
     write_json(HERE / "summary.json", {name: round(value, 4) for name, value in summary.items()})
 

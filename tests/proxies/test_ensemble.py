@@ -1,6 +1,7 @@
 """The ensemble on losses made from tables, so that what it should find is known."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -70,20 +71,28 @@ def two_proxies(seed: int) -> tuple[np.random.Generator, list[Sensitivity]]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_weights_of_noiseless_losses_are_found(seed: int) -> None:
-    """Two of the four features make the loss; members of a negligible penalty all agree."""
+    """Three of the features make the loss, of weights and inputs apart; members of a negligible
+    penalty all agree."""
     rng, (a, b) = two_proxies(seed)
+    assert b.act is not None
+    inputs_alone = replace(b, weight=replace(b.weight, score=np.zeros_like(b.weight.score)))
+
+    def losses_of(vectors: list[BitVector]) -> Array:
+        of_weights = 2 * table_sum(a, vectors) + 3 * table_sum(
+            replace(b, act=None), vectors, np.sqrt
+        )
+        return 0.7 + of_weights + 5 * table_sum(inputs_alone, vectors)
+
     vectors = draw(rng, 60, inputs=True)
-    losses = 0.7 + 2 * table_sum(a, vectors) + 3 * table_sum(b, vectors, np.sqrt)
-    found = fit_ensemble([a, b], vectors, losses.tolist(), members=20, penalty=1e-12)
-    np.testing.assert_allclose(
-        found.coefficients, np.tile([2, 0, 0, 3], (20, 1)), rtol=1e-5, atol=1e-5
-    )
+    found = fit_ensemble([a, b], vectors, losses_of(vectors).tolist(), members=20, penalty=1e-12)
+    # S and √S of a and b: of weights, then of inputs, which a does not score
+    expected = np.tile([2, 0, 0, 3, 0, 0, 5, 0], (20, 1))
+    np.testing.assert_allclose(found.coefficients, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.constants, 0.7, rtol=1e-5)
     new = draw(rng, 20, inputs=True)
     mean, stderr = found.predict(new)
-    expected = 0.7 + 2 * table_sum(a, new) + 3 * table_sum(b, new, np.sqrt)
-    np.testing.assert_allclose(mean, expected, rtol=1e-5)
-    assert (stderr < 1e-5 * expected).all()
+    np.testing.assert_allclose(mean, losses_of(new), rtol=1e-5)
+    assert (stderr < 1e-5 * losses_of(new)).all()
 
 
 @pytest.mark.parametrize("penalty", [0.1, 10.0])
@@ -120,7 +129,8 @@ def test_the_error_of_an_entry_is_the_spread_of_the_members_there() -> None:
     ensemble = fit_ensemble(proxies, vectors, rng.uniform(1, 2, 8).tolist())
     found = ensemble.sensitivity.weight
     a, b = (p.weight.monotone()[3, 1] for p in proxies)
-    entries = [float(beta @ [a, np.sqrt(a), b, np.sqrt(b)]) for beta in ensemble.coefficients]
+    of_weights = ensemble.coefficients[:, :4]
+    entries = [float(beta @ [a, np.sqrt(a), b, np.sqrt(b)]) for beta in of_weights]
     assert found.score[3, 1] == pytest.approx(np.mean(entries))
     assert found.stderr[3, 1] == pytest.approx(np.std(entries, ddof=1))
 

@@ -15,7 +15,7 @@ from toy_space import (
 )
 
 from adq.proxies.base import Interactions, Sensitivity, Table
-from adq.search.seeds import combined_scores, fits, make_seeds, option_scores
+from adq.search.seeds import INPUT_WEIGHT, combined_scores, fits, make_seeds, option_scores
 from adq.search.space import Option
 
 SIZES = [(4, 3, 1), (5, 4, 6), (6, 5, 2), (3, 7, 1)]
@@ -40,7 +40,7 @@ def test_an_options_score_adds_its_weight_and_its_input(act: tuple[int, ...]) ->
             expected = repaired(found.weight, group.name, w)
             if a:
                 assert found.act is not None
-                expected += repaired(found.act, group.name, a)
+                expected += INPUT_WEIGHT * repaired(found.act, group.name, a)
             assert score == expected
 
 
@@ -82,7 +82,7 @@ def test_scores_combine_as_the_mean_of_proxies_of_one_size(scale: float) -> None
                 repaired(s.weight, group.name, w) * common / size
                 for s, size in zip((first, second), sizes, strict=True)
             ]
-            of_input = repaired(act, group.name, a) * common / sizes[1]
+            of_input = INPUT_WEIGHT * repaired(act, group.name, a) * common / sizes[1]
             assert score == pytest.approx(sum(of_weights) / 2 + of_input)
 
 
@@ -186,7 +186,8 @@ def test_a_tied_options_score_is_the_sum_over_its_layers(tie: tuple[str, ...]) -
         names = tie if group.name == tie[0] else (group.name,)
         for (w, a), score in zip(group.options, row, strict=True):
             expected = sum(repaired(found.weight, name, w) for name in names)
-            expected += sum(repaired(found.act, name, a) for name in names) if a else 0
+            if a:
+                expected += INPUT_WEIGHT * sum(repaired(found.act, name, a) for name in names)
             assert score == pytest.approx(expected, rel=1e-12)
 
 
@@ -205,7 +206,8 @@ def test_the_first_seed_of_a_tied_space_is_the_best_of_all_its_points(
     def loss(options: list[Option]) -> float:
         total = 0.0
         for i, (w, a) in enumerate(options):
-            total += repaired(found.weight, f"l{i}", w) + repaired(found.act, f"l{i}", a)
+            total += repaired(found.weight, f"l{i}", w)
+            total += INPUT_WEIGHT * repaired(found.act, f"l{i}", a)
         return total
 
     best = min(loss(v) for v in vectors if fits_by_hand(SIZES, limits, v))
