@@ -14,6 +14,10 @@ the first three terms exactly known from H Q. This holds for any P that does not
 the probes' spread tells the standard error. (XTrace, arXiv 2301.07825, lets every probe serve as
 both. It was tried here: fewer products, but its estimates depend on each other, and their spread
 understated the error by a third.)
+
+Where the outputs are piecewise linear in each layer's weight (ReLU, max-pooling, BatchNorm on its
+stored statistics) every H_ll is the Gauss-Newton matrix's, and `gauss-newton-trace` of `gradient`
+has the same expectation at a fraction of the cost (studies/benchmarks/proxies).
 """
 
 import time

@@ -64,22 +64,25 @@ ROUNDING = 1e-12
 def check_reachable(
     limits: Mapping[str, float], smallest: Mapping[str, float], largest: Mapping[str, float]
 ) -> None:
-    """Raise InputError for a limit that nothing meets, or that everything meets.
+    """Raise InputError for a limit that nothing meets, and where every limit is met by everything:
+    there is then nothing to give up. Beside one that binds, another may be out of reach.
 
     `smallest` and `largest` are the costs of the least and the most bits everywhere. Costs grow
     with bits, so when each limit alone is met by the smallest vector, that vector meets all. (One
     exception: an FP32 input takes no bytes for thresholds. Where it is a choice, the range of sizes
     is taken without it, and is a little narrower than what can be reached.)
     """
-    for name, limit in limits.items():
+    below = [n for n, limit in limits.items() if limit < smallest[n] * (1 - ROUNDING)]
+    above = [n for n, limit in limits.items() if limit > largest[n] * (1 + ROUNDING)]
+    if len(above) < len(limits):
+        above = []
+    for name in below + above:
         option, unit = OPTION_OF[name]
-        below = limit < smallest[name] * (1 - ROUNDING)
-        if below or limit > largest[name] * (1 + ROUNDING):
-            side = "below the smallest" if below else "above the largest"
-            raise InputError(
-                f"{option} {limit / unit:g} is {side} reachable: this model with these bit "
-                f"choices reaches {_range(smallest[name] / unit, largest[name] / unit)}"
-            )
+        side = "below the smallest" if name in below else "above the largest"
+        raise InputError(
+            f"{option} {limits[name] / unit:g} is {side} reachable: this model with these bit "
+            f"choices reaches {_range(smallest[name] / unit, largest[name] / unit)}"
+        )
 
 
 def _range(low: float, high: float) -> str:

@@ -85,8 +85,11 @@ def test_a_size_in_megabytes_is_met_by_that_many_bytes(size: int) -> None:
     check_reachable(limits, {"size_bytes": size}, {"size_bytes": size})
 
 
-def test_each_of_several_limits_is_checked() -> None:
+def test_of_several_limits_each_must_be_within_reach_and_one_must_bind() -> None:
     smallest, largest = {"average_bits": 2, "bops": 1e6}, {"average_bits": 8, "bops": 9e6}
     check_reachable({"average_bits": 2, "bops": 9e6}, smallest, largest)
-    with pytest.raises(InputError, match=r"budget-gbops 0\.01 is above"):
-        check_reachable({"average_bits": 2, "bops": 1e7}, smallest, largest)
+    check_reachable({"average_bits": 4, "bops": 1e7}, smallest, largest)
+    with pytest.raises(InputError, match=r"budget-gbops 0\.0001 is below"):
+        check_reachable({"average_bits": 9, "bops": 1e5}, smallest, largest)
+    with pytest.raises(InputError, match="budget-bits 9 is above"):
+        check_reachable({"average_bits": 9, "bops": 1e7}, smallest, largest)
