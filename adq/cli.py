@@ -228,6 +228,8 @@ def sensitivity(
 
     if file is not None and not file.endswith((".csv", ".json", ".png")):
         raise InputError(f"expected a file that ends in .csv, .json or .png, got {file!r}")
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise InputError(f"cannot write {file}: it is a folder, or its folder is not there")
     values["out"] = _out(context, values["out"]) if values["out"] or context.obj else None
     resolved = make_config(read_toml(config) if config else {}, values)
     with redirect_stdout(sys.stderr):
@@ -240,8 +242,12 @@ def sensitivity(
         raise InputError(f"cannot write in {root}: {error.strerror}") from None
     with scratch as path, threads(problem.threads), _observer() as observer:
         folder = StudyFolder(Path(path))
-        model = fp32_model(problem, folder, observer).model
-        found = sensitivities(problem, model, folder, observer)
+        try:
+            model = fp32_model(problem, folder, observer).model
+            found = sensitivities(problem, model, folder, observer)
+        except KeyboardInterrupt:
+            print("interrupted: without a study no scores are kept", file=sys.stderr)
+            sys.exit(130)
     as_text = json.dumps({"schema": SCHEMA, "proxies": [s.to_json() for s in found]}, indent=1)
     if file is not None:
         if file.endswith(".png"):

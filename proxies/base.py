@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from adq.proxies.work import Work
 from adq.quant.baselines import activation_quantizer_for, weight_quantizer_for
-from adq.quant.batches import Batch, batch_size
+from adq.quant.batches import Batch, batch_size, micro_batches
 from adq.quant.calibrate import Ranges
 from adq.quant.digest import content_hash
+from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.qat import Loss
 from adq.quant.rows import Rows, rows_of
@@ -58,12 +59,9 @@ class Table:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Table":
-        return Table(
-            tuple(data["layers"]),
-            tuple(data["bits"]),
-            np.array(data["score"], dtype=np.float64).reshape(len(data["layers"]), -1),
-            np.array(data["stderr"], dtype=np.float64).reshape(len(data["layers"]), -1),
-        )
+        """Raises ValueError for scores that are missing or not finite."""
+        layers, bits = tuple(data["layers"]), tuple(data["bits"])
+        return Table(layers, bits, *_numbers(data, "score", (len(layers), len(bits))))
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,10 @@ class Interactions:
     value: Array
     stderr: Array
 
+    def significant(self) -> "Interactions":
+        """The same with zeros for what is within two standard errors of zero."""
+        return replace(self, value=np.where(abs(self.value) > 2 * self.stderr, self.value, 0.0))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": list(self.layers),
@@ -90,13 +92,17 @@ class Interactions:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Interactions":
-        shape = (len(data["layers"]), len(data["bits"])) * 2
-        return Interactions(
-            tuple(data["layers"]),
-            tuple(data["bits"]),
-            np.array(data["value"], dtype=np.float64).reshape(shape),
-            np.array(data["stderr"], dtype=np.float64).reshape(shape),
-        )
+        layers, bits = tuple(data["layers"]), tuple(data["bits"])
+        shape = (len(layers), len(bits)) * 2
+        return Interactions(layers, bits, *_numbers(data, "value", shape))
+
+
+def _numbers(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Finite values, and their standard errors, which may be unknown."""
+    value, stderr = (np.array(data[key], dtype=np.float64) for key in (name, "stderr"))
+    if value.shape != shape or stderr.shape != shape or not np.isfinite(value).all():
+        raise ValueError(f"{name}: expected finite numbers of shape {shape}, got {value.shape}")
+    return value, stderr
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Sensitivity:
     pairs of layers add where it measures that.
 
     samples   what the standard errors average over (probes, data samples, batches)
-    seconds   of the clock
+    seconds   of the clock, in the process that ended the measurement
     passes    network passes over the scored samples: a forward pass counts one, a backward pass
               two, a Hessian-vector product four
     """
@@ -136,9 +142,9 @@ class Sensitivity:
             data["proxy"],
             Table.from_json(data["weight"]),
             None if data["act"] is None else Table.from_json(data["act"]),
-            data["samples"],
-            data["seconds"],
-            data["passes"],
+            int(data["samples"]),
+            float(data["seconds"]),
+            float(data["passes"]),
             None if data["pairs"] is None else Interactions.from_json(data["pairs"]),
         )
 
@@ -245,26 +251,27 @@ def _summed(table: Table, bits: Mapping[str, int]) -> float:
 def aligned(found: Sequence[Sensitivity]) -> list[Sensitivity]:
     """Several proxies on the same layers and bits, each scaled to their common size: the geometric
     mean of what they expect all layers at the fewest bits to lose. Proxies agree better on
-    proportions than on sizes. One without input scores gets the mean of the others'. Proxies that
-    score zero everywhere are left out, but for the first where all do."""
+    proportions than on sizes. One that expects nothing of weights stays as it is, and one without
+    input scores gets the mean of the others'."""
     sizes = [float(s.weight.monotone()[:, np.argmin(s.weight.bits)].sum()) for s in found]
-    heard = [(s, size) for s, size in zip(found, sizes, strict=True) if size > 0]
-    if not heard:
-        return [found[0]]
-    common = float(np.exp(np.mean(np.log([size for _, size in heard]))))
-    scaled = [_times(s, common / size) for s, size in heard]
+    positive = [size for size in sizes if size > 0]
+    common = float(np.exp(np.mean(np.log(positive)))) if positive else 1.0
+    scaled = [
+        _times(s, common / size) if size > 0 else s for s, size in zip(found, sizes, strict=True)
+    ]
     acts = [s.act for s in scaled if s.act is not None]
     act = _mean(acts) if acts else None
     return [s if s.act is not None else replace(s, act=act) for s in scaled]
 
 
 def combined(found: Sequence[Sensitivity]) -> Sensitivity:
-    """The mean of the proxies, `aligned`. What pairs add is left out."""
+    """The mean of the proxies, `aligned`: of weights, of those that expect something of them. What
+    pairs add is left out."""
     scaled = aligned(found)
     acts = [s.act for s in scaled if s.act is not None]
     return Sensitivity(
         "combined",
-        _mean([s.weight for s in scaled]),
+        _mean([s.weight for s in scaled if s.weight.score.any()] or [scaled[0].weight]),
         _mean(acts) if acts else None,
         min(s.samples for s in scaled),
         sum(s.seconds for s in scaled),
@@ -289,6 +296,19 @@ def _mean(tables: Sequence[Table]) -> Table:
     score = np.mean([t.monotone() for t in tables], axis=0)
     stderr = np.sqrt(np.sum([t.stderr**2 for t in tables], axis=0)) / len(tables)
     return replace(tables[0], score=score, stderr=stderr)
+
+
+def in_parts(batches: Sequence[Batch]) -> list[Batch]:
+    """The same samples in two parts or more, so that there is a spread between them.
+
+    Raises InputError for fewer than two samples.
+    """
+    samples = sum(batch_size(batch) for batch in batches)
+    if samples < 2:
+        raise InputError(f"expected at least 2 samples, to know their spread; got {samples}")
+    if len(batches) > 1:
+        return list(batches)
+    return list(micro_batches(batches, (samples + 1) // 2))
 
 
 def mean_of_parts(values: Sequence[Array], counts: Sequence[int]) -> tuple[Array, Array]:

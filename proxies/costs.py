@@ -12,7 +12,7 @@ from torch import nn
 
 from adq.proxies.latency import LatencyModel
 from adq.quant.errors import InputError
-from adq.quant.export.packed import PackedSize
+from adq.quant.export.packed import PackedSize, module_names
 from adq.quant.layers import LayerInfo
 from adq.quant.spec import FP32_BITS, BitVector
 
@@ -66,7 +66,8 @@ class CostModel:
         self.layers = {layer.name: layer for layer in layers}
         self.searched = frozenset(searched)
         _check_group_size(group_size, layers)
-        own = {f"{name}.weight" for name in self.layers}
+        names = module_names(model)
+        own = {f"{same}.weight" for name in self.layers for same in names.get(name, ())}
         self.size = PackedSize(
             {layer.name: (layer.weight_numel, layer.scales(group_size)) for layer in layers},
             {key: value for key, value in model.state_dict().items() if key not in own},
@@ -103,6 +104,19 @@ class CostModel:
                 total *= PER_SECOND
             out[name] = math.floor(total + 1e-9 * max(1.0, abs(total)))
         return out
+
+    def in_units(self, totals: Mapping[str, int]) -> dict[str, float]:
+        """Costs in the units of `Costs` from sums of terms: the inverse of `limits`."""
+        found: dict[str, float] = {}
+        for name, total in totals.items():
+            found[name] = total
+            if name == "average_bits":
+                found[name] = total / self.weight_numel
+            if name == "size_bytes":
+                found[name] = total + self.size.fixed_bytes
+            if name == "latency_s":
+                found[name] = total / PER_SECOND
+        return found
 
     def totals(self, bits: BitVector) -> dict[str, int]:
         """Σ layer_terms of a bit vector that names every layer."""

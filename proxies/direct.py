@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq.proxies.base import Array, Sensitivity, Subject, Table, mean_of_parts
+from adq.proxies.base import Array, Sensitivity, Subject, Table, in_parts, mean_of_parts
 from adq.proxies.memory import in_halves
 from adq.proxies.replay import Recording
 from adq.proxies.work import Work
-from adq.quant.batches import Batch, batch_size, device_of, micro_batches, to_device
+from adq.quant.batches import Batch, batch_size, device_of, to_device
 from adq.quant.errors import InputError, NonFiniteLossError
 
 Score = Literal["loss", "kl"]
@@ -59,20 +59,18 @@ class Direct:
 
 
 class Singles:
-    """The scores of each layer alone; a part of the work is one of `batches`.
-
-    `weights[l]` are a layer's quantized weights, (bits, *weight.shape).
-    """
+    """The scores of each layer alone; a part of the work is one of `batches`."""
 
     def __init__(self, subject: Subject, score: Score) -> None:
         self.subject, self.score, self.told = subject, score, False
         self.batches = in_parts(subject.batches)
         self.sizes = [batch_size(batch) for batch in self.batches]
-        errors = subject.errors
-        self.weights = [
-            subject.model.get_parameter(f"{name}.weight").detach() + error
-            for name, error in zip(subject.names, errors, strict=True)
-        ]
+
+    def weights(self, layer: int) -> Tensor:
+        """A layer's quantized weights, (bits, *weight.shape), while its own is in place."""
+        subject = self.subject
+        weight = subject.model.get_parameter(f"{subject.names[layer]}.weight").detach()
+        return weight + subject.errors[layer]
 
     def compute(self, model: nn.Module, part: int) -> Array:
         """The passes made, then the scores, (layers, bits + act_bits), as one row."""
@@ -106,9 +104,9 @@ class Singles:
         with Recording(model, inputs) as recording:
             self._tell(recording)
             value = self._value(recording.outputs, targets)
-            for name, weights in zip(subject.names, self.weights, strict=True):
+            for index, name in enumerate(subject.names):
                 layer = model.get_submodule(name)
-                for weight in weights:
+                for weight in self.weights(index):
                     with weight_at(layer, weight):
                         values.append(value(recording.rerun(name)))
                 for quantizer in subject.input_quantizers(name):
@@ -148,19 +146,6 @@ class Singles:
                 f"the {self.score} with the {widths[column]} of {subject.names[layer]} is "
                 f"{scores[layer, column]}: leave out that width, or check the loss"
             )
-
-
-def in_parts(batches: Sequence[Batch]) -> list[Batch]:
-    """The same samples in two parts or more, so that there is a spread between them.
-
-    Raises InputError for fewer than two samples.
-    """
-    samples = sum(batch_size(batch) for batch in batches)
-    if samples < 2:
-        raise InputError(f"expected at least 2 samples, to know their spread; got {samples}")
-    if len(batches) > 1:
-        return list(batches)
-    return list(micro_batches(batches, (samples + 1) // 2))
 
 
 @torch.no_grad()

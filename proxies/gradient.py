@@ -40,6 +40,7 @@ from adq.proxies.base import (
     Sensitivity,
     Subject,
     Table,
+    in_parts,
     mean_of_parts,
 )
 from adq.proxies.memory import in_halves
@@ -85,15 +86,11 @@ class Gradients:
 
     def measure(self, subject: Subject, work: Work) -> list[Sensitivity]:
         """Raises InputError for outputs that are not one tensor with a row a sample; for fewer
-        than two batches, which have no standard error; and, at the model's labels, for a loss
+        than two samples, which have no standard error; and, at the model's labels, for a loss
         that is not a mean over samples or has more than 2048 outputs a sample."""
         started = time.monotonic()
-        if len(subject.batches) < 2:
-            raise InputError(
-                f"expected at least 2 batches, to know their spread; got {len(subject.batches)}"
-            )
         gradients = _Pass(subject, self.scores)
-        work_done = work.parts(subject.model, len(subject.batches), gradients.compute)
+        work_done = work.parts(subject.model, len(gradients.batches), gradients.compute)
         parts = [gradients.split(rows) for rows in work_done]
         found = []
         for name in self.scores:
@@ -118,7 +115,7 @@ class _Pass:
 
     def __init__(self, subject: Subject, scores: tuple[str, ...]) -> None:
         (self.labels,) = {SCORES[name] for name in scores}
-        self.subject = subject
+        self.subject, self.batches = subject, in_parts(subject.batches)
         self.errors = subject.errors
         self.by_sample = _first_is_sample(subject)
         self.blocks = dict.fromkeys(scores, len(subject.bits))
@@ -142,7 +139,7 @@ class _Pass:
     def compute(self, model: nn.Module, part: int) -> Array:
         generator = torch.Generator().manual_seed(self.subject.seed * 1_000_003 + part)
         run = partial(self._batch, model, generator)
-        return np.concatenate(list(in_halves(run, self.subject.batches[part], self.subject.say)))
+        return np.concatenate(list(in_halves(run, self.batches[part], self.subject.say)))
 
     def _batch(self, model: nn.Module, generator: torch.Generator, batch: Batch) -> Array:
         subject = self.subject

@@ -31,8 +31,9 @@ def in_halves(
             raise
         if n == 1:
             raise InputError(
-                f"out of memory with a single sample ({' '.join(str(error).split())[:120]}); turn "
-                "on checkpoints, or measure on a device with more memory"
+                f"out of memory with a single sample ({' '.join(str(error).split())[:120]}); "
+                "measure on a device with more memory (the hessian proxy takes less with "
+                "--gradient-checkpoints on)"
             ) from None
     else:
         yield result

@@ -98,7 +98,7 @@ class _Pairs:
         subject = self.singles.subject
         inputs, targets = to_device(batch, device_of(model))
         layers = [model.get_submodule(name) for name in self.names]
-        weights = [self.singles.weights[layer] for layer in self.chosen]
+        weights = [self.singles.weights(layer) for layer in self.chosen]
         together = np.zeros((len(layers), len(subject.bits)) * 2)
         passes, exact = 0.0, False
         for i, a in product(range(len(layers) - 1), range(len(subject.bits))):

@@ -67,10 +67,7 @@ def check_reachable(
     """Raise InputError for a limit that nothing meets, and where every limit is met by everything:
     there is then nothing to give up. Beside one that binds, another may be out of reach.
 
-    `smallest` and `largest` are the costs of the least and the most bits everywhere. Costs grow
-    with bits, so when each limit alone is met by the smallest vector, that vector meets all. (One
-    exception: an FP32 input takes no bytes for thresholds. Where it is a choice, the range of sizes
-    is taken without it, and is a little narrower than what can be reached.)
+    `smallest` and `largest` are the ends of each cost alone, whatever bits give them.
     """
     below = [n for n, limit in limits.items() if limit < smallest[n] * (1 - ROUNDING)]
     above = [n for n, limit in limits.items() if limit > largest[n] * (1 + ROUNDING)]

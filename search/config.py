@@ -66,7 +66,7 @@ class StudyConfig:
         None, "text", "a state dict (.safetensors, .pt) to start the FP32 model from"
     )
     budget_bits: float | None = _option(None, "number", "average bits a weight, at most")
-    budget_size_mb: float | None = _option(None, "number", "10^6 bytes of packed tensors, at most")
+    budget_size_mb: float | None = _option(None, "number", "10^6 bytes of the packed file, at most")
     budget_gbops: float | None = _option(None, "number", "10^9 bit operations a sample, at most")
     budget_latency_ms: float | None = _option(
         None, "number", "milliseconds a sample by --latency, at most"

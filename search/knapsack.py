@@ -9,6 +9,7 @@ solver's feasibility tolerance is not a budget, limits are checked in integers.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -33,13 +34,20 @@ def solve(
 
     A product z_ia z_jb of two layers' binary choices becomes a variable y_ia,jb in [0, 1] with
     Σ_b y_ia,jb = z_ia and Σ_a y_ia,jb = z_jb; with binary z it can be nothing but the product.
+    Options whose pairs are equal (the same weight bits, other input bits) share a variable.
     """
     sizes = [len(s) for s in scores]
     starts = np.cumsum([0, *sizes])
     choices = starts[-1]
-    # a constant array prefers nothing
-    coupled = {pair: q for pair, q in (pairs or {}).items() if np.ptp(q) > 0}
-    objective = unitless([*scores, *coupled.values()])
+    # a constant array prefers nothing; options that all others meet alike are one class
+    coupled = {
+        pair: (_classes(q), _classes(q.T)) for pair, q in (pairs or {}).items() if np.ptp(q) > 0
+    }
+    reduced = [
+        pairs[pair][np.ix_(rows.first, columns.first)]  # type: ignore[index]
+        for pair, (rows, columns) in coupled.items()
+    ]
+    objective = unitless([*scores, *reduced])
 
     def over_choices(rows: npt.ArrayLike) -> csr_array:
         z = csr_array(rows)
@@ -48,13 +56,20 @@ def solve(
     one_each = block_diag([np.ones((1, size)) for size in sizes])
     constraints = [LinearConstraint(over_choices(one_each), 1, 1)]
     if coupled:
-        ends = [np.arange(starts[layer], starts[layer + 1]) for pair in coupled for layer in pair]
+        members = [
+            csr_array(
+                (np.ones(sizes[i]), (classes.of, starts[i] + np.arange(sizes[i]))),
+                shape=(len(classes.first), choices),
+            )
+            for pair, both in coupled.items()
+            for i, classes in zip(pair, both, strict=True)
+        ]
         marginals = [
             vstack([kron(eye_array(a), np.ones((1, b))), kron(np.ones((1, a)), eye_array(b))])
-            for a, b in (q.shape for q in coupled.values())
+            for a, b in (q.shape for q in reduced)
         ]
-        z = eye_array(choices, format="csr")[np.concatenate(ends)]
-        constraints.append(LinearConstraint(hstack([-z, block_diag(marginals)]), 0, 0))
+        of_y = hstack([-vstack(members), block_diag(marginals)])
+        constraints.append(LinearConstraint(of_y, 0, 0))
     for name, limit in limits.items():
         # relative to each layer's cheapest option: the solver then sees the differences alone
         cheapest = [min(term[name] for term in layer) for layer in terms]
@@ -94,6 +109,19 @@ def solve(
             constraints.append(
                 LinearConstraint(over_choices(np.array([as_dear])), -np.inf, len(sizes) - 1)
             )
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Equal rows of an array: the class `of` each row, and the `first` row of each class."""
+
+    of: npt.NDArray[np.intp]
+    first: npt.NDArray[np.intp]
+
+
+def _classes(rows: Array) -> _Classes:
+    _, first, of = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return _Classes(of.reshape(-1), first)
 
 
 def unitless(arrays: Sequence[Array]) -> Array:

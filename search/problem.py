@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +17,11 @@ from adq.quant.batches import Batch, batch_size, seeded, take_samples, to_device
 from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
-from adq.search.budget import check_reachable
+from adq.search.budget import OPTION_OF, check_reachable
 from adq.search.config import StudyConfig, tie_groups
+from adq.search.knapsack import solve
 from adq.search.latency import latency_model
-from adq.search.space import Space, make_space
+from adq.search.space import Space, cost_range, make_space, option_terms
 from adq.search.task import Task, task_call
 
 CALIBRATION_SAMPLES = 512
@@ -126,10 +128,15 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
     if latency is not None:
         latency = RunWider(latency, space.bit_options)
     costs = CostModel(model, layers, searched, config.group_size, latency)
-    extremes = [
-        costs.costs(space.bit_vector(point)) for point in (space.smallest(), space.largest())
-    ]
-    check_reachable(limits, *({name: getattr(c, name) for name in limits} for c in extremes))
+    check_reachable(limits, *(costs.in_units(ends) for ends in cost_range(space, costs)))
+    if len(limits) > 1:
+        terms = option_terms(space, costs)
+        indifferent = [np.zeros(len(group)) for group in terms]
+        if solve(indifferent, terms, costs.limits(limits)) is None:
+            raise InputError(
+                f"the budgets of {' and '.join(OPTION_OF[name][0] for name in limits)} can be met "
+                "one by one, but not together: give one of them more room"
+            )
     objectives = tuple(limits)
     if len(config.act_bits) > 1 and "bops" not in objectives:
         objectives += ("bops",)  # else nothing would ever speak for fewer input bits

@@ -10,7 +10,7 @@ from adq.proxies.base import Sensitivity, Table, aligned, combined
 from adq.proxies.costs import CostModel
 from adq.search.knapsack import sweep
 from adq.search.pairs import option_pairs
-from adq.search.space import FP32, Option, Space, option_terms
+from adq.search.space import FP32, Option, Space, cost_range, option_terms
 
 Point = list[Option]
 
@@ -62,16 +62,14 @@ def make_seeds(
     layers add), taken in turns, and the uniform vectors.
     """
     terms = option_terms(space, costs)
-    smallest = {
-        name: sum(min(option[name] for option in group) for group in terms) for name in limits
-    }
+    smallest, _ = cost_range(space, costs)
     proxies = aligned(sensitivities)
     per_proxy = max(1, count // len(proxies))
     sweeps: list[list[Point]] = []
     for s in proxies:
         scores, pairs = option_scores(space, s.weight, s.act), None
         if s.pairs is not None:
-            own, pairs = option_pairs(space, s.pairs)
+            own, pairs = option_pairs(space, s.pairs.significant())
             scores = [score + more for score, more in zip(scores, own, strict=True)]
         found = sweep(scores, terms, limits, smallest, per_proxy, pairs)
         sweeps.append(

@@ -16,11 +16,19 @@ from adq.proxies.gradient import SCORES, Gradients
 from adq.proxies.pairwise import Pairwise
 from adq.proxies.trace import HessianTrace
 from adq.proxies.work import Work
-from adq.quant.batches import micro_batches, take_samples
+from adq.quant.batches import (
+    batch_size,
+    device_of,
+    evaluating,
+    forward,
+    micro_batches,
+    take_samples,
+    to_device,
+)
 from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.files import read_json, write_json, write_text
-from adq.search.config import WEIGHT_PROXIES
+from adq.search.config import WEIGHT_PROXIES, StudyConfig
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem
@@ -52,6 +60,7 @@ def plans(
     weights: int,
     layers: int,
     widths: int,
+    available: int = SAMPLES,
     checkpoints: bool = False,
 ) -> list[Plan]:
     """What each named score takes, for a model of `macs` MACs a sample and so many weights.
@@ -62,7 +71,8 @@ def plans(
     found = []
 
     def samples_of(passes: float) -> int:
-        return min(SAMPLES, max(FEWEST_SAMPLES, int(EFFORT / (passes * macs))))
+        affordable = max(FEWEST_SAMPLES, int(EFFORT / (passes * macs)))
+        return min(SAMPLES, available, affordable)
 
     def add(names: tuple[str, ...], proxy: Proxy, passes: float) -> None:
         samples = samples_of(passes)
@@ -71,7 +81,7 @@ def plans(
 
     if "hessian" in names:
         # a probe averages over more weights in a large model: fewer will do
-        probes = 64 if samples_of(4 * 96) == SAMPLES else 8
+        probes = 64 if 4 * 96 * SAMPLES * macs <= EFFORT else 8
         rank = 16 if 3 * 16 * weights <= VECTOR_WEIGHTS else 0
         proxy = HessianTrace(rank, probes, checkpoints=checkpoints)
         samples = samples_of(4.0 * (probes + 2 * rank))
@@ -100,7 +110,7 @@ def subject_of(problem: Problem, model: nn.Module, observer: Observer) -> Subjec
     wanted = dict.fromkeys(problem.space.layers, sorted(act_bits)) if act_bits else {}
     ranges = input_ranges(model, wanted, problem.calibration, problem.config.scheme.act)
     here = problem.device
-    devices = (here,)
+    devices: tuple[torch.device, ...] = ()  # where the model is
     if here.type == "cuda" and here.index is None:
         devices = tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
     return Subject(
@@ -137,51 +147,97 @@ def sensitivities(
             f"proxies: {', '.join(names)} score weights alone, and input bits are searched too; "
             "add one that scores inputs, like fisher"
         )
+    path, csv_file = folder.file("sensitivity.json"), folder.file("sensitivity.csv")
+    kept = _read(folder) if path.exists() else []
+    if any(s.weight.layers != subject.names or s.weight.bits != subject.bits for _, s in kept):
+        raise InputError(f"{path} is damaged: its layers and bits are not those of the model")
+    problem.call("the loss of a batch and of its halves", partial(_warn_of_a_sum, subject))
+    found, refused = _measured(names, problem, subject, kept, folder, observer)
+    if not found and names == StudyConfig().proxy_names:
+        observer.message("none of the default proxies can score this model: taking loss instead")
+        found, refused = _measured(("loss",), problem, subject, kept, folder, observer)
+    if not found:
+        raise refused[-1]
+    scores = [s for _, s in found]
+    if subject.act_bits and all(s.act is None for s in scores):
+        raise InputError(f"no proxy could score this model's inputs: {refused[-1]}")
+    if [key for key, _ in found] != [key for key, _ in kept] or not csv_file.exists():
+        write_text(csv_file, to_csv(scores))
+        entries = [{"key": key, **s.to_json()} for key, s in found]
+        write_json(path, {"schema": SCHEMA, "proxies": entries})
+    shutil.rmtree(folder.file("sensitivity"), ignore_errors=True)
+    return scores
+
+
+Keyed = list[tuple[str, Sensitivity]]
+
+
+def _measured(
+    names: Sequence[str],
+    problem: Problem,
+    subject: Subject,
+    kept: Keyed,
+    folder: StudyFolder,
+    observer: Observer,
+) -> tuple[Keyed, list[InputError]]:
+    """The scores by name, each with its key, measured where they are not kept; and why some
+    proxies cannot score this model."""
     planned = plans(
         names,
         sum(layer.macs for layer in problem.layers),
         sum(layer.weight_numel for layer in problem.layers),
         len(problem.layers),
         len(subject.bits) + len(subject.act_bits),
+        subject.samples,
         problem.config.gradient_checkpoints == "on",
     )
-    path = folder.file("sensitivity.json")
-    kept = _read(folder) if path.exists() else []
-    if any(s.weight.layers != subject.names for _, s in kept):
-        raise InputError(f"{path} is damaged: its layers are not those of the model")
     observer.stage("sensitivity", len(planned))
-    found: list[tuple[str, Sensitivity]] = []
+    found: Keyed = []
     refused: list[InputError] = []
     for plan in planned:
+        what = ", ".join(plan.names)
         data = micro_batches(take_samples(problem.calibration, plan.samples), plan.batch)
         of_plan = replace(subject, batches=list(data))
         key = of_plan.key((type(plan.proxy).__name__, plan.proxy))
         known = [s for k, s in kept if k == key]
         if known:
-            observer.step(f"{', '.join(plan.names)}: done before")
+            observer.step(f"{what}: done before")
         else:
             work = Work(folder.file("sensitivity") / f"{key}.jsonl", subject.devices)
-            what = f"measuring sensitivities ({', '.join(plan.names)})"
-            answer = problem.call(what, partial(_attempt, plan.proxy, of_plan, work))
+            measuring = partial(_attempt, plan.proxy, of_plan, work)
+            answer = problem.call(f"measuring sensitivities ({what})", measuring)
             if isinstance(answer, InputError):
                 refused.append(answer)
-                observer.step(f"no {', '.join(plan.names)}")
-                observer.message(f"{', '.join(plan.names)}: {answer}")
+                observer.step(f"no {what}")
+                observer.message(f"{what}: {answer}")
                 continue
             known = answer
-            observer.step(f"{', '.join(plan.names)}, {known[0].seconds:.1f} s")
+            observer.step(f"{what}, {known[0].seconds:.1f} s")
         found += [(key, s) for s in known]
-    if not found:
-        raise refused[-1]
-    scores = [s for _, s in found]
-    if subject.act_bits and all(s.act is None for s in scores):
-        raise InputError(f"no proxy could score this model's inputs: {refused[-1]}")
-    if [key for key, _ in found] != [key for key, _ in kept]:
-        write_text(folder.file("sensitivity.csv"), to_csv(scores))
-        entries = [{"key": key, **s.to_json()} for key, s in found]
-        write_json(path, {"schema": SCHEMA, "proxies": entries})
-    shutil.rmtree(folder.file("sensitivity"), ignore_errors=True)
-    return scores
+    return found, refused
+
+
+@torch.no_grad()
+def _warn_of_a_sum(subject: Subject) -> None:
+    """Say so where the loss of a batch is the sum of its halves': scores take it to be the mean,
+    and would depend on how many samples are looked at together."""
+    half = batch_size(subject.batches[0]) // 2
+    if half < 1:
+        return
+    (pair,) = take_samples(subject.batches[:1], 2 * half)
+    with evaluating(subject.model):
+        whole, *halves = (
+            subject.loss(forward(subject.model, inputs), targets).item()
+            for inputs, targets in (
+                to_device(batch, device_of(subject.model))
+                for batch in (pair, *micro_batches([pair], half))
+            )
+        )
+    if 0 < 1.5 * sum(halves) / 2 < whole:
+        subject.say(
+            "the loss looks like a sum over the samples of a batch: give their mean, or scores are "
+            "in units of a batch"
+        )
 
 
 def _attempt(proxy: Proxy, subject: Subject, work: Work) -> list[Sensitivity] | InputError:
@@ -199,6 +255,11 @@ def load_sensitivities(folder: StudyFolder) -> list[Sensitivity]:
 def _read(folder: StudyFolder) -> list[tuple[str, Sensitivity]]:
     path = folder.file("sensitivity.json")
     data = read_json(path)
+    if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{path} is of another version ({data['schema']!r}, expected {SCHEMA!r}): remove it, "
+            "and the scores are measured again"
+        )
     try:
         found = [(entry["key"], Sensitivity.from_json(entry)) for entry in data["proxies"]]
         if not found:

@@ -121,12 +121,6 @@ class Space:
             for group in self.groups
         ]
 
-    def smallest(self) -> list[Option]:
-        return [(min(group.weight), min(group.act, key=act_order)) for group in self.groups]
-
-    def largest(self) -> list[Option]:
-        return [(max(group.weight), max(group.act, key=act_order)) for group in self.groups]
-
 
 def act_order(bits: int) -> float:
     """Input bits from fewest to most; FP32 is the most."""
@@ -162,6 +156,17 @@ def make_space(
         elif name == group[0]:
             groups.append(Choices(group, weight, act))
     return Space(names, tuple(groups))
+
+
+def cost_range(space: Space, costs: CostModel) -> tuple[dict[str, int], dict[str, int]]:
+    """The least and the largest sum of each cost's terms, whatever bits give it: an input in FP32
+    costs the most bit operations and the fewest bytes."""
+    terms = option_terms(space, costs)
+    least, largest = (
+        {name: sum(end(term[name] for term in group) for group in terms) for name in costs.names}
+        for end in (min, max)
+    )
+    return least, largest
 
 
 def option_terms(space: Space, costs: CostModel) -> list[list[dict[str, int]]]:

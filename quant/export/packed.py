@@ -9,10 +9,11 @@ Tensors, for each quantized layer L with n weights of b bits in R rows (see `adq
     L.input.scale       float32  (1,)            input = scale · (#{thresholds <= x} − zero_point)
     L.input.zero_point  float32  (1,)
 
-and every other parameter and buffer under its own name. Where BatchNorms are folded their factors
-are in the scales, which may then be negative, and their shifts in the biases. The file's metadata
-has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector), `folded` (name
-of a BatchNorm -> name of the layer that it is folded into) and what the writer adds.
+and every other parameter and buffer under its own name. A module registered in several places has
+several names: L is its first, all else is there under each. Where BatchNorms are folded their
+factors are in the scales, which may then be negative, and their shifts in the biases. The file's
+metadata has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector), `folded`
+(name of a BatchNorm -> name of the layer that it is folded into) and what the writer adds.
 `sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths only.
 Spaces at the header's end bring the file to the size that `PackedSize` tells before training.
 """
@@ -149,9 +150,21 @@ def _aligned(count: int) -> int:
     return -(-count // 8) * 8
 
 
+def module_names(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of a module -> all names of that module, the first one first.
+
+    A module that is registered in several places has its tensors in the state dict once for each.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {name: same for same in names.values() for name in same}
+
+
 def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a quantized model as the file holds them."""
     tensors: dict[str, Tensor] = {}
+    names = module_names(model)
     own: set[str] = set()
     for name, layer in quantized_layers(model):
         quantizer = weight_quantizer(layer)
@@ -165,14 +178,14 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors[f"{name}.weight.codes"] = pack(quantizer.codes(weight), quantizer.bits)
         tensors[f"{name}.weight.codebook"] = quantizer.levels.float()
         tensors[f"{name}.weight.scale"] = scale.float()
-        own.add(f"{name}.parametrizations.weight.")
+        own |= {f"{same}.parametrizations.weight." for same in names[name]}
         if hasattr(layer, INPUT_QUANTIZER):
             act = layer.input_quantizer
             assert isinstance(act, ActivationQuantizer)
             tensors[f"{name}.input.thresholds"] = act.thresholds.detach().float()
             tensors[f"{name}.input.scale"] = act.output_scale.detach().float()
             tensors[f"{name}.input.zero_point"] = act.zero_point.float()
-            own.add(f"{name}.{INPUT_QUANTIZER}.")
+            own |= {f"{same}.{INPUT_QUANTIZER}." for same in names[name]}
     for key, value in model.state_dict().items():
         if not key.startswith(tuple(own)):
             tensors[key] = value
@@ -261,6 +274,7 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
     """
     file = _read(path)
     expose_attention_(model)
+    names = module_names(model)
     tensors = dict(file.tensors)
     inputs: dict[str, PackedInput] = {}
     try:
@@ -271,9 +285,8 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
             scale = tensors.pop(f"{name}.weight.scale")
             rows = rows_of(model.get_submodule(name))
             rows = Rows(rows.shape, weight.numel() // scale.numel(), rows.groups)
-            tensors[f"{name}.weight"] = rows.join(
-                scale[:, None] * levels[codes].reshape(rows.count, rows.size)
-            )
+            values = rows.join(scale[:, None] * levels[codes].reshape(rows.count, rows.size))
+            tensors.update({f"{same}.weight": values for same in names[name]})
         for name in file.bits.act:
             inputs[name] = PackedInput(
                 *(tensors.pop(f"{name}.input.{k}") for k in ("thresholds", "scale", "zero_point"))
@@ -301,11 +314,13 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
 def _expected_shapes(model: nn.Module, folded: dict[str, str]) -> dict[str, torch.Size]:
     """The tensors of a model once these BatchNorms are folded into these layers."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
+    names = module_names(model)
     for norm, layer in folded.items():
         for key in model.get_submodule(norm).state_dict():
-            del shapes[f"{norm}.{key}"]
+            for same in names[norm]:
+                del shapes[f"{same}.{key}"]
         channels = rows_of(model.get_submodule(layer)).channels
-        shapes[f"{layer}.bias"] = torch.Size([channels])
+        shapes.update({f"{same}.bias": torch.Size([channels]) for same in names[layer]})
     return shapes
 
 

@@ -714,9 +714,19 @@ def test_layers_that_the_outputs_never_meet_score_zero(
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_one_batch_is_refused(net: Residual, batches: Batches, score: str) -> None:
-    with pytest.raises(InputError, match=r"at least 2 batches, .*; got 1"):
-        measured(subject_of(net, batches[:1]), score)
+def test_one_batch_is_split_and_one_sample_is_refused(
+    net: Residual, batches: Batches, score: str
+) -> None:
+    layers = trace_layers(net, batches[0][0])
+    (x, y), *_ = batches
+    subject = Subject(net, layers, (3,), [(x[:4], y[:4])], F.cross_entropy)
+    (one,) = Gradients((score,)).measure(subject, Work())
+    halves = replace(subject, batches=[(x[:2], y[:2]), (x[2:4], y[2:4])])
+    (two,) = Gradients((score,)).measure(halves, Work())
+    assert np.array_equal(one.weight.score, two.weight.score)
+    assert np.array_equal(one.weight.stderr, two.weight.stderr)
+    with pytest.raises(InputError, match=r"at least 2 samples, .*; got 1"):
+        Gradients((score,)).measure(replace(subject, batches=[(x[:1], y[:1])]), Work())
 
 
 def contrastive(z: Tensor, _: Tensor) -> Tensor:

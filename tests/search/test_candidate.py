@@ -14,6 +14,7 @@ import tiny_task
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_space import largest, smallest
 
 from adq.proxies.costs import Costs
 from adq.quant.apply import bits_of
@@ -194,7 +195,7 @@ def test_batchnorm_is_estimated_anew_for_the_quantized_layers(
     problem: Problem, tmp_path: Path
 ) -> None:
     """Its mean is that of what two-bit weights make of the calibration samples."""
-    bits = problem.space.bit_vector(problem.space.smallest())
+    bits = problem.space.bit_vector(smallest(problem.space))
     path = tmp_path / "weights.safetensors"
     train_candidate(problem, problem.initial_model, bits, id="0", epochs=0, save_to=path)
     model = load_packed_(tiny_task.TinyNet(), path)
@@ -220,7 +221,7 @@ def test_the_bits_asked_for_are_the_bits_trained(
         return []
 
     monkeypatch.setattr("adq.search.candidate.train_", spy)
-    for point in (problem.space.smallest(), problem.space.largest()):
+    for point in (smallest(problem.space), largest(problem.space)):
         bits = problem.space.bit_vector(point)
         assert train_candidate(problem, problem.initial_model, bits, id="0", epochs=1).bits == bits
         assert seen.pop() == bits
@@ -228,7 +229,7 @@ def test_the_bits_asked_for_are_the_bits_trained(
 
 def test_a_start_at_more_bits_ends_at_the_bits_asked_for(problem: Problem) -> None:
     config = replace(problem.config, start_bits=(4, 3))
-    bits = problem.space.bit_vector(problem.space.smallest())
+    bits = problem.space.bit_vector(smallest(problem.space))
     made = {}
     for name, changed in (("direct", problem), ("stages", replace(problem, config=config))):
         record = train_candidate(changed, problem.initial_model, bits, id="0", epochs=4)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from toy_space import largest, smallest
 
 from adq.quant.apply import quantize
 from adq.quant.errors import InputError
@@ -20,6 +21,7 @@ from adq.quant.export.packed import save_packed
 from adq.search.budget import OPTION_OF
 from adq.search.config import StudyConfig
 from adq.search.problem import Problem, make_problem, pick_device
+from adq.search.space import cost_range
 from adq.search.task import Task
 
 NAMES = ["conv1", "conv2", "conv3", "hidden", "out"]
@@ -166,11 +168,11 @@ def test_the_printed_ends_of_a_range_can_be_searched(
     assert texts[1].endswith(ends[0])
     low, high = (problem_of(**common | {field: float(end)}) for end in ends.groups())
     space = low.space
-    smallest, largest = (
-        low.costs.totals(space.bit_vector(p)) for p in (space.smallest(), space.largest())
+    low_end, high_end = (
+        low.costs.totals(space.bit_vector(p)) for p in (smallest(space), largest(space))
     )
-    assert smallest[name] <= low.costs.limits(low.limits)[name] <= smallest[name] * 1.002
-    assert largest[name] * 0.998 <= high.costs.limits(high.limits)[name] <= largest[name]
+    assert low_end[name] <= low.costs.limits(low.limits)[name] <= low_end[name] * 1.002
+    assert high_end[name] * 0.998 <= high.costs.limits(high.limits)[name] <= high_end[name]
 
 
 def test_one_seed_gives_one_model_and_one_set_of_samples() -> None:
@@ -222,7 +224,7 @@ def test_a_single_choice_is_refused() -> None:
     inputs_alone = problem_of(bits=(3,), act_bits=(4, 8), budget_bits=None, budget_gbops=3e-4)
     assert inputs_alone.space.size == 8
     # with no weights to search, the average over the searched layers is that over all
-    costs = inputs_alone.costs.costs(inputs_alone.space.bit_vector(inputs_alone.space.smallest()))
+    costs = inputs_alone.costs.costs(inputs_alone.space.bit_vector(smallest(inputs_alone.space)))
     assert costs.average_bits_searched == costs.average_bits
 
 
@@ -286,3 +288,26 @@ def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPa
     assert pick_device("cuda") == torch.device("cuda")
     with pytest.raises(InputError, match=r"device cuda:2: there are 2 CUDA devices"):
         pick_device("cuda:2")
+
+
+def test_inputs_in_fp32_widen_what_sizes_are_in_reach() -> None:
+    """They take no bytes for thresholds, and the most bit operations."""
+    sizes = {}
+    for act in ((0,), (8,), (0, 8)):
+        costs = problem_of(act_bits=act, budget_bits=4.0, first_last_bits=0)
+        sizes[act] = cost_range(costs.space, costs.costs)
+    (least, _), (_, most), (both_least, both_most) = (sizes[act] for act in ((0,), (8,), (0, 8)))
+    assert both_least["size_bytes"] == least["size_bytes"]
+    assert both_most["size_bytes"] == most["size_bytes"]
+    assert both_most["bops"] == sizes[(0,)][1]["bops"]
+
+
+def test_budgets_that_can_be_met_one_by_one_but_not_together_are_refused() -> None:
+    both = problem_of(act_bits=(0, 8), budget_bits=4.0, first_last_bits=0)
+    (least, _) = cost_range(both.space, both.costs)
+    ends = both.costs.in_units(least)
+    options = {"budget_size_mb": ends["size_bytes"] / 1e6, "budget_gbops": ends["bops"] / 1e9}
+    for name, value in options.items():
+        problem_of(act_bits=(0, 8), first_last_bits=0, budget_bits=None, **{name: value})
+    with pytest.raises(InputError, match="can be met one by one, but not together"):
+        problem_of(act_bits=(0, 8), first_last_bits=0, budget_bits=None, **options)

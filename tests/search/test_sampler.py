@@ -14,6 +14,7 @@ from toy_space import (
     Sizes,
     all_points,
     fits_by_hand,
+    smallest,
     spread,
     totals_by_hand,
     toy_sensitivity,
@@ -49,7 +50,7 @@ class Case:
         self.space, self.costs = toy_space(sizes, bits, act, first_last_bits=0, ties=ties)
         reached = [group.options[rng.integers(len(group.options))] for group in self.space.groups]
         # the smallest point always fits: a study checks that before it starts
-        ends = [self.totals(point) for point in (reached, self.space.smallest())]
+        ends = [self.totals(point) for point in (reached, smallest(self.space))]
         self.limits = {name: max(end[name] for end in ends) for name in costs}
         found = toy_sensitivity(self.space, rng, act_bits=[b for b in act if b])
         self.scores = option_scores(self.space, found.weight, found.act)
@@ -304,5 +305,5 @@ def test_a_size_limit_is_met_where_an_fp32_input_takes_fewer_bytes_than_a_quanti
     limits = {"size_bytes": least}
     scores = [np.zeros(len(group.options)) for group in problem.space.groups]
     sampler = BudgetSampler(problem.space, problem.costs, limits, scores, [], 0)
-    found = sampler.repair(problem.space.smallest())
+    found = sampler.repair(smallest(problem.space))
     assert problem.costs.totals(problem.space.bit_vector(found))["size_bytes"] == least

@@ -296,9 +296,7 @@ def test_an_error_of_the_users_loss_is_one_line_and_leaves_no_file(tmp_path: Pat
 
     problem = problem_of()
     problem = replace(problem, task=replace(problem.task, loss=broken))
-    with pytest.raises(
-        InputError, match=r"task 't', measuring sensitivities .*Run.*cannot do that"
-    ):
+    with pytest.raises(InputError, match=r"task 't', the loss of a batch .*Run.*cannot do that"):
         sensitivities(problem, problem.initial_model, StudyFolder(tmp_path), Observer())
     assert list(tmp_path.iterdir()) == []
 
@@ -376,8 +374,95 @@ def test_a_table_of_other_layers_is_damage(tmp_path: Path) -> None:
     sensitivities(problem, problem.initial_model, folder, Observer())
     text = folder.file("sensitivity.json").read_text()
     folder.file("sensitivity.json").write_text(text.replace('"conv2"', '"conv9"'))
-    with pytest.raises(InputError, match="its layers are not those of the model"):
+    with pytest.raises(InputError, match="its layers and bits are not those of the model"):
         sensitivities(problem, problem.initial_model, folder, Observer())
     folder.file("sensitivity.json").write_text('{"proxies": []}')
     with pytest.raises(InputError, match=r"sensitivity\.json is damaged: it holds no proxy"):
         load_sensitivities(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda e: e["weight"]["bits"].pop(),
+        lambda e: e["weight"].update(bits=[2, 3, 4, 9]),
+        lambda e: [row.pop() for row in e["weight"]["score"]],
+        lambda e: e["weight"]["score"][1].__setitem__(0, None),
+        lambda e: e.update(samples="many"),
+        lambda e: e.pop("key"),
+    ],
+)
+def test_whatever_is_wrong_with_the_scores_is_one_line(tmp_path: Path, damage: Any) -> None:
+    problem, folder = problem_of(proxies="fisher"), StudyFolder(tmp_path)
+    sensitivities(problem, problem.initial_model, folder, Observer())
+    data = json.loads(folder.file("sensitivity.json").read_text())
+    damage(data["proxies"][0])
+    folder.file("sensitivity.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"sensitivity\.json is damaged"):
+        sensitivities(problem, problem.initial_model, folder, Observer())
+
+
+def test_scores_of_another_version_say_so(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    folder.file("sensitivity.json").write_text('{"schema": "adq-sensitivity/1", "proxies": []}')
+    with pytest.raises(InputError, match=r"another version .*remove it"):
+        load_sensitivities(folder)
+
+
+def test_a_missing_csv_is_written_again(tmp_path: Path) -> None:
+    problem, folder = problem_of(proxies="fisher"), StudyFolder(tmp_path)
+    found = sensitivities(problem, problem.initial_model, folder, Observer())
+    folder.file("sensitivity.csv").unlink()
+    sensitivities(problem, problem.initial_model, folder, Observer())
+    assert folder.file("sensitivity.csv").read_text() == to_csv(found)
+
+
+class Named(nn.Module):
+    """A model whose outputs are a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 9))
+        self.head = nn.Linear(9, 10)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.body(x))}
+
+
+def named_task() -> Any:
+    return replace(
+        tiny_task.make_task(),
+        model=Named,
+        loss=lambda o, t: nn.functional.cross_entropy(o["logits"], t),
+        metric=lambda o, t: accuracy(o["logits"], t),
+    )
+
+
+def test_where_the_default_proxies_cannot_score_a_model_the_loss_does() -> None:
+    settings: dict[str, Any] = {"budget_bits": 4.0, "bits": (2, 3, 4), "first_last_bits": 0}
+    problem, told = make_problem(StudyConfig(task="t", **settings), named_task()), Told()
+    (found,) = measure(problem, problem.initial_model, told)
+    assert found.proxy == "loss"
+    assert any("taking loss instead" in message for message in told.messages)
+    asked = make_problem(StudyConfig(task="t", proxies="kl", **settings), named_task())
+    with pytest.raises(InputError, match="kl needs outputs"):
+        measure(asked, asked.initial_model, told)
+
+
+def test_few_samples_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "SAMPLES", 256)
+    problem = problem_of(proxies="hessian,gauss-newton-trace,kl")
+    few = [tuple(part[:6] for part in problem.calibration[0])]
+    found = measure(replace(problem, calibration=few), problem.initial_model, Observer())
+    assert [s.proxy for s in found] == ["hessian", "gauss-newton-trace", "kl"]
+    assert all(np.isfinite(s.weight.stderr).all() for s in found)
+
+
+def test_a_loss_that_is_a_sum_is_pointed_out() -> None:
+    problem, told = problem_of(proxies="loss"), Told()
+    mean = problem.task.loss
+    measure(problem, problem.initial_model, told)
+    assert told.messages == []
+    summed = replace(problem.task, loss=lambda o, t: len(t) * mean(o, t))
+    measure(replace(problem, task=summed), problem.initial_model, told)
+    assert any("looks like a sum" in message for message in told.messages)

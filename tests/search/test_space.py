@@ -1,7 +1,7 @@
 """The search space: what is pinned, what is free, and both ways of writing a point."""
 
 import pytest
-from toy_space import all_points, spread, totals_by_hand, toy_layers, toy_space
+from toy_space import all_points, largest, smallest, spread, totals_by_hand, toy_layers, toy_space
 
 from adq.quant.spec import BitVector
 from adq.search.space import Choices, Space, act_order, make_space, option_terms
@@ -37,8 +37,8 @@ def test_a_pinned_layers_input_follows_unless_all_inputs_stay_in_fp32() -> None:
 def test_fp32_is_the_most_input_bits() -> None:
     assert sorted([0, 8, 2, 4], key=act_order) == [2, 4, 8, 0]
     space = space_of((3, 2), (0, 4, 8), 0)
-    assert space.smallest() == [(2, 4)] * 4
-    assert space.largest() == [(3, 0)] * 4
+    assert smallest(space) == [(2, 4)] * 4
+    assert largest(space) == [(3, 0)] * 4
 
 
 def test_parameters_are_the_choices_and_nothing_else() -> None:
@@ -120,8 +120,8 @@ def test_tied_layers_are_one_group_where_the_first_of_them_runs() -> None:
     assert space.size == 4**3
     assert space.searched == space.layers
     assert space.weight_choices == (2, 4)
-    assert space.uniform(4) == space.largest() == [(4, 8)] * 3
-    assert space.smallest() == [(2, 4)] * 3
+    assert space.uniform(4) == largest(space) == [(4, 8)] * 3
+    assert smallest(space) == [(2, 4)] * 3
     assert list(space.distributions()) == [f"{k}:l{i}" for i in range(3) for k in ("weight", "act")]
     assert space.bit_options == {name: [(2, 4), (2, 8), (4, 4), (4, 8)] for name in space.layers}
 

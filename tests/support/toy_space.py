@@ -10,7 +10,7 @@ from torch import nn
 from adq.proxies.base import Sensitivity, Table
 from adq.proxies.costs import CostModel
 from adq.quant.layers import LayerInfo
-from adq.search.space import Option, Space, make_space
+from adq.search.space import Option, Space, act_order, make_space
 
 Sizes = Sequence[tuple[int, int, int]]
 """(outputs, inputs, positions) of each layer: weights outputs·inputs, MACs weights·positions."""
@@ -36,6 +36,15 @@ def toy_space(
     for layer in layers:
         model.add_module(layer.name, nn.Linear(layer.weight_shape[1], layer.out_channels))
     return space, CostModel(model, layers, space.searched or tuple(la.name for la in layers))
+
+
+def smallest(space: Space) -> list[Option]:
+    """The fewest bits everywhere; FP32 are the most."""
+    return [(min(g.weight), min(g.act, key=act_order)) for g in space.groups]
+
+
+def largest(space: Space) -> list[Option]:
+    return [(max(g.weight), max(g.act, key=act_order)) for g in space.groups]
 
 
 def spread(space: Space, point: Sequence[Option]) -> list[Option]:
