@@ -260,7 +260,13 @@ def _key(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cifar", type=Path, required=True, help="the folder of CIFAR-10's images")
+    parser.add_argument(
+        "--cifar",
+        dest="cifar10",
+        type=Path,
+        required=True,
+        help="the folder of CIFAR-10's images",
+    )
     parser.add_argument("--fashion", type=Path, default=fashion.FOLDER, help="of the IDX files")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     arguments = parser.parse_args()
