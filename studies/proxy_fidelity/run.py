@@ -12,6 +12,7 @@ two hours of one core.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -245,7 +246,7 @@ def report(
                 spearmanr(once[: len(again)], again).statistic
             ),
         }
-        summary |= {f"spearman_{_key(n)}_{name}": v for n, v in of_test.items() if n in singles}
+        summary |= {f"spearman_{_key(n)}_{name}": v for n, v in of_test.items()}
         if here.setting.act:
             weighed = inputs_weighed({n: compared[n] for n in singles}, vectors, truth)
             tables["inputs"], best_factors = weighed
@@ -255,7 +256,7 @@ def report(
 
 
 def _key(name: str) -> str:
-    return name.replace("-", "_")
+    return re.sub("[^a-z0-9]+", "_", name)
 
 
 def main() -> None:
