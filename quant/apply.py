@@ -77,6 +77,12 @@ def quantize_(
     if any(True for _ in quantized_layers(model)):
         raise InputError("the model is quantized already: give the plain FP32 model")
     layers = {name: _layer(model, name) for name in bits.weight}
+    if len(set(layers.values())) < len(layers):
+        name_of = {layer: name for name, layer in layers.items()}
+        name = next(name for name, layer in layers.items() if name_of[layer] != name)
+        raise InputError(
+            f"bit vector names one layer twice, as {name!r} and {name_of[layers[name]]!r}: keep one"
+        )
     starts = {name: ranges[name, b] for name, b in bits.act.items()}
     for name, layer in layers.items():
         weight = layer.weight

@@ -29,7 +29,12 @@ from adq.search.problem import Problem, make_problem
 from adq.search.report import write_report
 from adq.search.sampler import BudgetSampler
 from adq.search.seeds import combined_scores, make_seeds
-from adq.search.sensitivity import sensitivities
+from adq.search.sensitivity import (
+    ensemble_of,
+    load_sensitivities,
+    sensitivities,
+    to_csv,
+)
 from adq.search.study import create_storage_study, run_trials
 from adq.search.task import Task
 
@@ -231,6 +236,10 @@ def _results(
     with atomic_path(folder.file("best.safetensors")) as temporary:
         shutil.copyfile(folder.path / best.weights, temporary)
     write_json(folder.file("best.bits.json"), best.bits.to_json())
+    scores = load_sensitivities(folder)
+    ensemble = ensemble_of(scores, folder.records(TRIALS))
+    if ensemble is not None:
+        write_text(folder.file("sensitivity.csv"), to_csv([*scores, ensemble]))
     write_report(folder, front)
     write_json(
         folder.file("results.json"),

@@ -12,6 +12,7 @@ from torch import nn
 
 from adq.proxies.base import Proxy, Sensitivity, Subject
 from adq.proxies.direct import Direct
+from adq.proxies.ensemble import fit_ensemble
 from adq.proxies.gradient import SCORES, Gradients
 from adq.proxies.pairwise import Pairwise
 from adq.proxies.trace import HessianTrace
@@ -28,6 +29,7 @@ from adq.quant.batches import (
 from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
 from adq.quant.files import read_json, write_json, write_text
+from adq.search.candidate import Record
 from adq.search.config import WEIGHT_PROXIES, StudyConfig
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
@@ -42,6 +44,7 @@ SAMPLES, FEWEST_SAMPLES = 256, 16
 PARTS = 8  # at least as many batches, where the standard error is their spread
 VECTOR_WEIGHTS = 2 * 10**8  # numbers in the vectors that a Hessian's sketch keeps
 PAIRED_LAYERS = 8
+ENSEMBLE_TRIALS = 12
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,16 @@ def _attempt(proxy: Proxy, subject: Subject, work: Work) -> list[Sensitivity] | 
         return proxy.measure(subject, work)
     except InputError as error:
         return error
+
+
+def ensemble_of(scores: Sequence[Sensitivity], records: Sequence[Record]) -> Sensitivity | None:
+    """What the study's own trials say of each layer: the proxies' scores, weighted so that they
+    explain the validation losses after fine-tuning. None for fewer than ENSEMBLE_TRIALS."""
+    done = [r for r in records if r.validation is not None]
+    if len(done) < ENSEMBLE_TRIALS:
+        return None
+    losses = [r.validation.loss for r in done if r.validation is not None]
+    return fit_ensemble(scores, [r.bits for r in done], losses).sensitivity
 
 
 def load_sensitivities(folder: StudyFolder) -> list[Sensitivity]:

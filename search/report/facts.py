@@ -13,14 +13,15 @@ from adq.search.config import StudyConfig
 from adq.search.folder import FINAL, TRIALS, StudyFolder
 from adq.search.front import Front, Point
 from adq.search.report.units import UNITS, Unit, metric_format
-from adq.search.sensitivity import load_sensitivities
+from adq.search.sensitivity import ensemble_of, load_sensitivities
 
 
 @dataclass(frozen=True)
 class Facts:
     """A front and the records behind it.
 
-    `trials` are in the order of their numbers; `finals` maps an id to its final record;
+    `trials` are in the order of their numbers; `proxies` end with the ensemble that was fitted on
+    them, where they are enough; `finals` maps an id to its final record;
     `fp32` is measured on the test split, `fp32_validation` on the other.
     """
 
@@ -88,12 +89,15 @@ def read_facts(folder: StudyFolder, front: Front) -> Facts:
         fp32, validation = Evaluation(**data["test"]), Evaluation(**data["validation"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    trials = sorted(folder.records(TRIALS), key=lambda record: int(record.id))
+    scores = load_sensitivities(folder)
+    ensemble = ensemble_of(scores, trials)
     return Facts(
         front=front,
         config=folder.config,
         fp32=fp32,
         fp32_validation=validation,
-        trials=tuple(sorted(folder.records(TRIALS), key=lambda record: int(record.id))),
+        trials=tuple(trials),
         finals={record.id: record for record in folder.records(FINAL)},
-        proxies=tuple(load_sensitivities(folder)),
+        proxies=(*scores, *([] if ensemble is None else [ensemble])),
     )

@@ -388,3 +388,11 @@ def test_zero_channels_stay_finite_through_quantization_and_backward() -> None:
     update_codebooks(quantized, 0.99, 0)
     assert torch.isfinite(quantized(x)).all()
     assert all(torch.isfinite(p.grad).all() for p in quantized.parameters())
+
+
+def test_a_layer_under_two_names_gets_its_bits_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model.append(model[0])
+    with pytest.raises(InputError, match="names one layer twice, as '0' and '3'"):
+        quantize(model, {"0": 4, "2": 4, "3": 4})
+    assert bits_of(quantize(model, {"3": 4})).weight == {"0": 4}

@@ -15,21 +15,25 @@ from torch import nn
 
 from adq.proxies.base import Subject
 from adq.proxies.direct import Direct
+from adq.proxies.ensemble import fit_ensemble
 from adq.proxies.gradient import Gradients
 from adq.proxies.trace import HessianTrace
 from adq.proxies.work import Work
 from adq.quant.batches import take_samples
 from adq.quant.errors import InputError
-from adq.quant.evaluate import accuracy, evaluate
+from adq.quant.evaluate import Evaluation, accuracy, evaluate
 from adq.search import sensitivity
+from adq.search.candidate import Record
 from adq.search.config import PROXIES, WEIGHT_PROXIES, StudyConfig
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
 from adq.search.sensitivity import (
     EFFORT,
+    ENSEMBLE_TRIALS,
     FEWEST_SAMPLES,
     MICRO_BATCH_MACS,
+    ensemble_of,
     load_sensitivities,
     plans,
     rows,
@@ -466,3 +470,25 @@ def test_a_loss_that_is_a_sum_is_pointed_out() -> None:
     summed = replace(problem.task, loss=lambda o, t: len(t) * mean(o, t))
     measure(replace(problem, task=summed), problem.initial_model, told)
     assert any("looks like a sum" in message for message in told.messages)
+
+
+def test_the_ensemble_is_fitted_on_the_trials_that_ended_well() -> None:
+    problem = problem_of(proxies="fisher,kl")
+    scores = measure(problem, problem.initial_model, Observer())
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(ENSEMBLE_TRIALS + 2):
+        point = [g.options[rng.integers(len(g.options))] for g in problem.space.groups]
+        bits = problem.space.bit_vector(point)
+        found = None if number < 2 else Evaluation(float(rng.uniform(1, 2)), 0.5, 0.1, 8)
+        costs = problem.costs.costs(bits)
+        some: Any = ("", bits, 0, 1, costs, (), (), (), found, None, 1.0)
+        records.append(Record(*some))
+    assert ensemble_of(scores, records[:-1]) is None  # eleven that ended well
+    ensemble = ensemble_of(scores, records)
+    assert ensemble is not None
+    done = records[2:]
+    losses = [r.validation.loss for r in done]  # type: ignore[union-attr]
+    expected = fit_ensemble(scores, [r.bits for r in done], losses).sensitivity
+    assert (ensemble.proxy, ensemble.samples) == ("ensemble", ENSEMBLE_TRIALS)
+    assert np.array_equal(ensemble.weight.score, expected.weight.score)
