@@ -486,7 +486,7 @@ def test_running_out_of_memory_halves_the_batches_and_changes_nothing(
 
 def test_a_single_sample_that_does_not_fit_is_told(net: nn.Module, batches: Batches) -> None:
     subject = subject_of(net, batches, starved(F.cross_entropy, 0, []), say=lambda _: None)
-    with pytest.raises(InputError, match=r"single sample .*20\.00 MiB.*; turn on checkpoints"):
+    with pytest.raises(InputError, match=r"single sample .*20\.00 MiB.*; measure on a device"):
         HessianTrace(0, 4).trace(subject, Work())
     assert all(m.training for m in net.modules())
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_task
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from toy_space import all_points
+from toy_space import all_points, smallest
 
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation
@@ -49,7 +49,7 @@ class Bench:
         space, costs = self.problem.space, self.problem.costs
         limits = costs.limits(self.problem.limits)
         scores = [np.array([0.1 * (10 - w) for w, _ in la.options]) for la in space.groups]
-        seeds = self.seeds or [space.uniform(3), space.smallest()]
+        seeds = self.seeds or [space.uniform(3), smallest(space)]
         return BudgetSampler(space, costs, limits, scores, seeds, seed=4)
 
     def run(self, folder: StudyFolder) -> bool:
@@ -338,7 +338,7 @@ def test_a_space_without_new_points_ends_the_search_and_stays_ended(
     tmp_path: Path, failing: tuple[str, ...]
 ) -> None:
     folder, bench = make_study(tmp_path, bits=(2, 3), trials=20, budget_bits=3.2)
-    bench.failing, bench.seeds = failing, [bench.problem.space.smallest()]
+    bench.failing, bench.seeds = failing, [smallest(bench.problem.space)]
     expected = fitting_points(bench.problem)
     assert 2 < expected < 8
     assert bench.run(folder) is False
@@ -358,7 +358,7 @@ def test_death_while_the_end_of_the_space_is_noticed_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template, bench = make_study(tmp_path / "a", bits=(2, 3), trials=9, budget_bits=2.8)
-    bench.seeds = [bench.problem.space.smallest()]
+    bench.seeds = [smallest(bench.problem.space)]
     assert fitting_points(bench.problem) == 2
     first = copy_of(template, tmp_path / "first")
     deaths = Deaths(monkeypatch)
