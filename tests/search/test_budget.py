@@ -69,7 +69,9 @@ def test_both_ends_of_the_printed_range_are_reachable(
     with pytest.raises(InputError) as below:
         check_reachable(given_as_option(name, low / OPTION_OF[name][1] / 2), smallest, largest)
     with pytest.raises(InputError) as above:
-        check_reachable(given_as_option(name, 2e12), smallest, largest)
+        check_reachable(
+            given_as_option(name, 2 * (low + width) / OPTION_OF[name][1]), smallest, largest
+        )
     ends = re.search(r"reaches (\S+) to (\S+)$", str(below.value))
     assert ends is not None
     assert str(above.value).endswith(ends[0])
