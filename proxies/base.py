@@ -164,6 +164,7 @@ class Subject:
     seed         of everything random
     devices      where to measure, each with a copy of the model; where the model is if none
     say          called with a line that a user should read
+    kept         what `errors` has worked out
     """
 
     model: nn.Module
@@ -271,7 +272,7 @@ def combined(found: Sequence[Sensitivity]) -> Sensitivity:
     acts = [s.act for s in scaled if s.act is not None]
     return Sensitivity(
         "combined",
-        _mean([s.weight for s in scaled if s.weight.score.any()] or [scaled[0].weight]),
+        _mean([s.weight for s in scaled if s.weight.monotone().any()] or [scaled[0].weight]),
         _mean(acts) if acts else None,
         min(s.samples for s in scaled),
         sum(s.seconds for s in scaled),

@@ -39,13 +39,11 @@ def solve(
     sizes = [len(s) for s in scores]
     starts = np.cumsum([0, *sizes])
     choices = starts[-1]
+    pairs = {} if pairs is None else pairs
     # a constant array prefers nothing; options that all others meet alike are one class
-    coupled = {
-        pair: (_classes(q), _classes(q.T)) for pair, q in (pairs or {}).items() if np.ptp(q) > 0
-    }
+    coupled = {pair: (_classes(q), _classes(q.T)) for pair, q in pairs.items() if np.ptp(q) > 0}
     reduced = [
-        pairs[pair][np.ix_(rows.first, columns.first)]  # type: ignore[index]
-        for pair, (rows, columns) in coupled.items()
+        pairs[pair][np.ix_(rows.first, columns.first)] for pair, (rows, columns) in coupled.items()
     ]
     objective = unitless([*scores, *reduced])
 

@@ -85,7 +85,7 @@ def plans(
     if "hessian" in names:
         # a probe averages over more weights in a large model: fewer will do
         probes = 64 if 4 * 96 * SAMPLES * macs <= EFFORT else 8
-        rank = 16 if 3 * 16 * weights <= VECTOR_WEIGHTS else 0
+        rank = min(16, VECTOR_WEIGHTS // (3 * weights))
         proxy = HessianTrace(rank, probes, checkpoints=checkpoints)
         samples = samples_of(4.0 * (probes + 2 * rank))
         batch = max(1, min(MICRO_BATCH_MACS // macs, samples))

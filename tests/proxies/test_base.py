@@ -17,6 +17,7 @@ from adq.proxies.base import (
     Sensitivity,
     Subject,
     Table,
+    combined,
     mean_of_parts,
     quantization_errors,
 )
@@ -285,3 +286,16 @@ def test_more_bits_make_smaller_errors() -> None:
 
 def test_a_layer_of_zeros_has_no_error() -> None:
     assert not quantization_errors(torch.zeros(3, 4), (2, 8)).any()
+
+
+def test_a_proxy_that_expects_no_loss_has_no_say_on_weights_and_keeps_its_inputs() -> None:
+    def table(score: list[list[float]]) -> Table:
+        return Table(("a", "b"), (2, 4), np.array(score), np.zeros((2, 2)))
+
+    first = Sensitivity("loss", table([[3, 1], [1, 0]]), None, 8, 0.0)
+    inputs = table([[9, 1], [5, 0]])
+    below_zero = Sensitivity("kl", table([[-1, -2], [-3, -1]]), inputs, 8, 0.0)
+    found = combined([first, below_zero])
+    assert found.weight.score.tolist() == [[3, 1], [1, 0]]
+    assert found.act is not None
+    assert found.act.score.tolist() == [[9, 1], [5, 0]]

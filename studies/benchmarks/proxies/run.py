@@ -27,6 +27,7 @@ import growth
 import torch
 import traces
 from grounds import cifar10, fashion
+from grounds.report import write_between
 from torch import nn
 
 from adq.proxies.trace import HessianTrace
@@ -34,7 +35,6 @@ from adq.quant.batches import Batch, threads
 from adq.quant.files import write_json
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- tables: written by run.py -->", "<!-- end of tables -->"
 BATCH, ROUNDS, PROBES = 128, 2, 20
 
 
@@ -67,7 +67,7 @@ def main() -> int:
     else:
         write_json(HERE / "results.json", raw)
         write_json(HERE / "summary.json", summary)
-        write_tables(text)
+        write_between(HERE / "README.md", {"tables": text})
     print(json.dumps(summary, indent=1))
     return 0
 
@@ -193,14 +193,6 @@ def tables(
                 f"| {title} | {name} | {growth.smallest(seconds[proxy], name):.2f} | {times} |"
             )
     return "\n".join(lines)
-
-
-def write_tables(text: str) -> None:
-    """Put the tables between the marks in README.md."""
-    path = HERE / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":
