@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -40,9 +41,13 @@ _TYPES = {
     "weight-bits": str,
     "act-bits": str,
     "ties": str,
+    "layers": str,
+    "epochs": str,
+    "duration": str,
 }
 
 Name = Annotated[str, typer.Argument(help="the study's name, or the path of its folder")]
+Limit = Annotated[float | None, typer.Option(help="only models within it, as in a search")]
 Out = Annotated[str | None, typer.Option("--out", help="the folder that holds the studies")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 ConfigFile = Annotated[
@@ -101,7 +106,7 @@ def run(
 
     resolved = make_config(read_toml(config) if config else {}, values)
     resolved.budget  # noqa: B018 (a missing budget is said before anything is loaded)
-    with _observer() as observer:
+    with _stoppable(), _observer() as observer:
         front = start(resolved, load_task(resolved.task, resolved.model), observer)
     _print_front(front, as_json)
 
@@ -111,14 +116,23 @@ def resume(
     context: typer.Context,
     name: Name,
     trials: Annotated[int | None, typer.Option("--trials", help="raise the trials to this")] = None,
+    time_budget: Annotated[
+        str | None, typer.Option("--time-budget", help="raise the time for all of it to this")
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Bring a study that was stopped to its end, or extend a finished one."""
     from adq.search.api import resume
 
-    with _observer() as observer:
-        front = resume(name, out=_out(context, out), trials=trials, observer=observer)
+    with _stoppable(), _observer() as observer:
+        front = resume(
+            name,
+            out=_out(context, out),
+            trials=trials,
+            time_budget=time_budget,
+            observer=observer,
+        )
     _print_front(front, as_json)
 
 
@@ -145,13 +159,13 @@ def _row(folder: "StudyFolder") -> dict[str, str]:
 
 @app.command()
 def show(context: typer.Context, name: Name, out: Out = None, as_json: Json = False) -> None:
-    """Show a study: its configuration, how far it is, and its front when it is finished."""
+    """Show a study: its configuration, how far it is, and the front that it has so far."""
     from adq.search.folder import open_study
     from adq.search.run import load_front
 
     folder = open_study(_out(context, out), name)
     config, status = folder.config, folder.status()
-    front = load_front(folder) if status == "finished" else None
+    front = load_front(folder) if folder.file("front.json").exists() else None
     if as_json:
         from dataclasses import asdict
 
@@ -173,6 +187,10 @@ def pareto(
     context: typer.Context,
     name: Name,
     format: Annotated[str, typer.Option("--format", help="json, csv, png or html")] = "json",
+    budget_bits: Limit = None,
+    budget_size_mb: Limit = None,
+    budget_gbops: Limit = None,
+    budget_latency_ms: Limit = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -182,8 +200,9 @@ def pareto(
         ),
     ] = None,
 ) -> None:
-    """Write a finished study's front."""
+    """Write a study's front; with budgets, the part of it within them, and name its best model."""
     from adq.quant.files import atomic_path
+    from adq.search.budget import Budget
     from adq.search.folder import open_study
     from adq.search.report import FORMATS, render
     from adq.search.run import load_front
@@ -194,7 +213,13 @@ def pareto(
     if out is not None and Path(name).name == name and (Path(out) / name).is_dir():
         root, out = out, None
     folder = open_study(root, name)
-    content = render(folder, load_front(folder), format)
+    front = load_front(folder)
+    limits = (budget_bits, budget_size_mb, budget_gbops, budget_latency_ms)
+    if any(limit is not None for limit in limits):
+        front = front.within(Budget(*limits).limits())
+        where = "not packed" if front.best.weights is None else folder.path / front.best.weights
+        print(f"best within these budgets: {front.best.id}, {where}", file=sys.stderr)
+    content = render(folder, front, format)
     if out is not None:
         with atomic_path(Path(out)) as temporary:
             temporary.write_bytes(content)
@@ -202,6 +227,49 @@ def pareto(
         raise InputError("a PNG is no text for a terminal: name a file with --out FILE")
     else:
         sys.stdout.buffer.write(content)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="studies of one task")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            help="also write the comparison, as .png, .html, .json or .csv; a folder is where the "
+            "studies are looked for, as with the other commands",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Lay the fronts of several studies over each other, and compare their hypervolumes."""
+    from adq.quant.files import atomic_path
+    from adq.search.folder import open_study
+    from adq.search.report.compare import FORMATS, compare, render
+    from adq.search.report.units import reference_text
+    from adq.search.run import load_front
+
+    root = _out(context, None)
+    if out is not None and Path(out).is_dir():
+        root, out = out, None
+    format = None if out is None else Path(out).suffix.removeprefix(".")
+    if format is not None and format not in FORMATS:
+        raise InputError(f"expected a file that ends in .{', .'.join(FORMATS)}, got {out!r}")
+    compared = compare([load_front(open_study(root, name)) for name in names])
+    if out is not None and format is not None:
+        content = render(compared, format)
+        with atomic_path(Path(out)) as temporary:
+            temporary.write_bytes(content)
+    if as_json:
+        sys.stdout.buffer.write(render(compared, "json"))
+        return
+    first = compared.first
+    partial = "" if first.split == "test" else "partial "
+    print(f"\n{partial}fronts of task {first.task}, best models chosen by validation:")
+    _print_table(*compared.table())
+    print(f"hypervolumes up to {reference_text(first.metric_name, compared.reference)}, with each "
+          "cost as a share of that")  # fmt: skip
 
 
 @app.command()
@@ -344,6 +412,32 @@ def _observer() -> "Iterator[Observer]":
 
 
 @contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a study that is stopped, by Ctrl-C or SIGTERM, write what it has; the second time the
+    process ends at once."""
+    signals = [
+        s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN
+    ]
+
+    def stop(number: int, frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, stop) for each in signals}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not str(interrupt):  # there was no study yet, or it is all there but its report
+            raise
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
 def _descriptor_to_stderr() -> Iterator[None]:
     """Send what is written to the process's standard output, past Python, to standard error."""
     stdout, stderr = 1, 2
@@ -360,14 +454,20 @@ def _print_front(front: "Front", as_json: bool) -> None:
     if as_json:
         print(json.dumps(front.to_json(), indent=1))
         return
-    metric = f"test {front.metric_name}"
+    from adq.search.report.units import reference_text
+
+    final = front.split == "test"
+    metric = f"{front.split} {front.metric_name}"
     timed = front.best.latency_s is not None
     rows = [["FP32", "32", "32", "", "", *[""] * timed, f"{front.fp32_metric:.4f}"]]
+    marks = {front.best.id: "best"}
+    if front.knee is not None:
+        marks[front.knee.id] = "best, knee" if front.knee.id == front.best.id else "knee"
     for point in (*front.uniform, *front.points):
         latency = [] if point.latency_s is None else [f"{point.latency_s * 1e3:.4g}"]
         rows.append(
             [
-                point.id + (" (best)" if point.id == front.best.id else ""),
+                point.id + (f" ({marks[point.id]})" if point.id in marks else ""),
                 f"{point.average_bits:.3f}",
                 f"{point.average_bits_searched:.3f}",
                 f"{point.size_bytes / 1e3:.1f}",
@@ -377,9 +477,14 @@ def _print_front(front: "Front", as_json: bool) -> None:
             ]
         )
     header = ["model", "average bits", "searched layers", "kB", "GBOPs", *["ms"] * timed, metric]
-    print(f"\nPareto front of study {front.study}, chosen by validation, reported on test:")
+    how = "chosen by validation, reported on test" if final else (
+        "partial: stopped before the final training, reported on validation")  # fmt: skip
+    print(f"\nPareto front of study {front.study}, {how}:")
     _print_table(header, rows)
-    print(f"best under the budget: {front.best.id}, in {front.folder}/best.safetensors")
+    reference = reference_text(front.metric_name, front.reference)
+    print(f"hypervolume {front.hypervolume():.4f} up to {reference}, costs as a share of that")
+    where = f"in {front.folder}/best.safetensors" if final else "not packed"
+    print(f"best under the budget: {front.best.id}, {where}")
     print(f"report: {front.folder}/report.html")
 
 

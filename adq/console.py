@@ -33,6 +33,9 @@ class PlainObserver(Observer):
         self._done += 1
         self.message(f"{self._stage} {self._done}/{self._total} {note}".rstrip())
 
+    def note(self, text: str) -> None:
+        self.message(f"{self._stage} {self._done}/{self._total} {text}")
+
     def best(self, text: str) -> None:
         self.message(text)
 
@@ -74,6 +77,10 @@ class BarObserver(Observer):
     def step(self, note: str = "") -> None:
         if self._bar is not None:
             self._progress.update(self._bar, advance=1, note=note)
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._progress.update(self._bar, note=text)
 
     def best(self, text: str) -> None:
         self._best.plain = text

@@ -8,7 +8,10 @@
     fp32         the FP32 model, trained or loaded once
     sensitivity  the proxies' scores
     knapsack, seeds   exact solutions along the budget range
-    sampler, study    ask, evaluate, tell, resume
+    lattice, history  the space as arrays, and results in the order of telling
+    samplers     what is tried next
+    ladder       which candidates are worth a longer training
+    study        ask, tell, resume
     candidate    one bit vector, fine-tuned and measured
     pareto, front     what is not beaten
     run          all of it in order

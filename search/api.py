@@ -27,7 +27,8 @@ def search(
     `epochs`, `bits`, `act_bits`, `seed`, `study`, `out`, ...). The study is kept in a folder, as
     with the command line: `Front.folder` says where.
 
-    Raises InputError for anything the caller can mend.
+    Raises InputError for anything the caller can mend; on Ctrl-C a KeyboardInterrupt whose text
+    says what is kept, once the front so far is written.
     """
     name = task if isinstance(task, str) else IN_PYTHON
     limits = {} if budget is None else {f"budget_{k}": v for k, v in vars(budget).items()}
@@ -41,17 +42,25 @@ def resume(
     *,
     out: str | Path = "runs",
     trials: int | None = None,
+    time_budget: float | str | None = None,
     observer: Observer = SILENT,
 ) -> Front:
     """Bring the study `name` to its end; returns its front.
 
     `task` is needed when the study was started with a Task object. `trials` raises the number of
-    candidates, and so extends a finished study.
+    candidates, `time_budget` (seconds, or text like `30m`) the time for all of it, and so both
+    extend a finished study.
 
     Raises InputError when there is no such study, or when it is damaged.
     """
     folder = open_study(out, name)
-    return run_on(folder, _task(folder.config, task), observer, trials=trials)
+    return run_on(
+        folder,
+        _task(folder.config, task),
+        observer,
+        trials=trials,
+        time_budget=time_budget,
+    )
 
 
 def _task(config: StudyConfig, given: Task | str | None) -> Task:

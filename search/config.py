@@ -47,7 +47,21 @@ PROXIES = (
 WEIGHT_PROXIES = ("hessian",)
 """Those that say nothing of inputs."""
 
-Kind = Literal["text", "whole", "number", "share", "weight-bits", "act-bits", "ties"]
+SAMPLERS = ("adq", "tpe", "nsga2", "nsga3", "gp", "random")
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+Kind = Literal[
+    "text",
+    "whole",
+    "number",
+    "share",
+    "weight-bits",
+    "act-bits",
+    "ties",
+    "layers",
+    "epochs",
+    "duration",
+]
 
 
 def _option(default: Any, kind: Kind, text: str, low: float = -math.inf) -> Any:
@@ -93,14 +107,36 @@ class StudyConfig:
         "layers that share their bits: auto (found where outputs are added or joined, and where "
         "Linear layers read one input), none, or groups like a.conv=a.shortcut,b=c=d",
     )
+    layers: str | None = _option(
+        None,
+        "layers",
+        "other choices for some layers, by name or pattern: conv1=8,layer4.*=2+3,fc=4+8/8 (weight "
+        "bits, and after a slash input bits; a single number pins)",
+    )
     proxies: str = _option(
         "kl,gauss-newton-trace", "text", f"scores to start the search from: {', '.join(PROXIES)}"
     )
     gradient_checkpoints: str = _option(
         "off", "text", "off, or on: the hessian proxy takes less memory and more time"
     )
+    sampler: str = _option("adq", "text", f"what proposes candidates: {', '.join(SAMPLERS)}")
     trials: int = _option(24, "whole", "candidates to train", 1)
+    time_budget: float | None = _option(
+        None,
+        "duration",
+        "end the search early enough that all is done within this time, like 90s, 30m or 1.5h",
+    )
     epochs: int = _option(3, "whole", "epochs of each candidate's fine-tuning", 0)
+    rungs: tuple[int, ...] | None = _option(
+        None,
+        "epochs",
+        "shorter fine-tunings before --epochs, like 0,1: only the best candidates go on to the "
+        "next one; 0 calibrates without training",
+    )
+    reduction: int = _option(3, "whole", "with --rungs, one candidate in so many goes on", 2)
+    warm_start: str = _option(
+        "off", "text", "off, or on: start from the weights of the most similar finished candidate"
+    )
     final_epochs: int = _option(10, "whole", "epochs of the front's final fine-tuning", 0)
     fp32_epochs: int | None = _option(
         None, "whole", "epochs of FP32 training before the search; the task's own if not given", 0
@@ -153,12 +189,22 @@ class StudyConfig:
             raise InputError(f"proxies: expected some of {', '.join(PROXIES)}, got {unknown[0]!r}")
         if len(set(names)) < len(names):
             raise InputError(f"proxies: expected each once, got {self.proxies!r}")
-        words_of = {"amp": AMPS, "batchnorm": BATCHNORM, "gradient_checkpoints": SWITCH}
+        words_of = {
+            "amp": AMPS,
+            "batchnorm": BATCHNORM,
+            "gradient_checkpoints": SWITCH,
+            "sampler": SAMPLERS,
+            "warm_start": SWITCH,
+        }
         for name, words in words_of.items():
             value = getattr(self, name)
             if value not in words:
                 option = name.replace("_", "-")
                 raise InputError(f"{option}: expected one of {', '.join(words)}, got {value!r}")
+        if self.rungs is not None and self.rungs[-1] >= self.epochs:
+            raise InputError(
+                f"rungs: expected fewer epochs than --epochs {self.epochs}, got {self.rungs[-1]}"
+            )
         if self.first_last_bits and not MIN_BITS <= self.first_last_bits <= MAX_BITS:
             raise InputError(
                 f"first-last-bits: expected 0 or {MIN_BITS} to {MAX_BITS}, got "
@@ -289,12 +335,31 @@ def _checked(f: "Field[Any]", value: Any, where: str) -> Any:
         text, wanted = _ties(value)
         if not wanted:
             return text
+    elif kind == "layers":
+        given = _layers(value)
+        if given is not None:
+            return given or None
+        wanted = (
+            f"each layer or pattern once with bits from {MIN_BITS} to {MAX_BITS} (inputs also 0, "
+            "FP32), like conv1=8,layer4.*=2+3,fc=4+8/8, or in a table [layers] like "
+            '"conv1" = 8, "layer4.*" = [2, 3], "fc" = { bits = [4, 8], act-bits = 8 }'
+        )
+    elif kind == "epochs":
+        epochs = _whole_numbers(value)
+        if epochs and list(epochs) == sorted(set(epochs)) and epochs[0] >= 0:
+            return epochs
+        wanted = "rising whole numbers of epochs, like 0,1"
+    elif kind == "duration":
+        seconds = _seconds(value)
+        if seconds is not None:
+            return seconds
+        wanted = "a time like 90s, 30m or 1.5h"
     elif kind == "share":
         if type(value) in (int, float) and 0 <= value <= 1:
             return float(value)
         wanted = "a number from 0 to 1"
     else:
-        bits = _bit_list(value)
+        bits = _whole_numbers(value)
         zero = {0} if kind == "act-bits" else set()
         allowed = zero | set(range(MIN_BITS, MAX_BITS + 1))
         if bits and set(bits) <= allowed and len(set(bits)) == len(bits):
@@ -336,7 +401,94 @@ def _ties(value: Any) -> tuple[str, str]:
     return text, ""
 
 
-def _bit_list(value: Any) -> tuple[int, ...] | None:
+@dataclass(frozen=True)
+class LayerBits:
+    """What the layers of a name or pattern may get; None leaves it as it is for the others."""
+
+    pattern: str
+    weight: tuple[int, ...] | None
+    act: tuple[int, ...] | None
+
+
+def layer_bits(text: str) -> list[LayerBits]:
+    """The entries of `conv1=8,layer4.*=2+3,fc=4+8/8`. Raises ValueError for another form."""
+    found = []
+    for entry in text.split(","):
+        pattern, _, bits = entry.partition("=")
+        weight, slash, act = bits.partition("/")
+        found.append(
+            LayerBits(
+                pattern.strip(),
+                _sum_of_bits(weight) if weight.strip() or not slash else None,
+                _sum_of_bits(act, fp32=True) if slash else None,
+            )
+        )
+    patterns = [one.pattern for one in found]
+    if not all(patterns) or len(set(patterns)) < len(patterns):
+        raise ValueError
+    return found
+
+
+def _sum_of_bits(text: str, fp32: bool = False) -> tuple[int, ...]:
+    bits = tuple(sorted(int(part) for part in text.split("+")))
+    allowed = set(range(MIN_BITS, MAX_BITS + 1)) | ({0} if fp32 else set())
+    if not set(bits) <= allowed or len(set(bits)) < len(bits):
+        raise ValueError
+    return bits
+
+
+def _layers(value: Any) -> str | None:
+    """Either form as text, in one spelling; None for anything else."""
+
+    def text_of(entry: Any) -> str:
+        numbers = _whole_numbers(entry)
+        if isinstance(entry, str) or not numbers:
+            raise ValueError
+        return "+".join(map(str, numbers))
+
+    def entry_of(name: Any, entry: Any) -> str:
+        if not isinstance(name, str) or {*name} & {*",="}:
+            raise ValueError
+        if not isinstance(entry, Mapping):
+            return f"{name}={text_of(entry)}"
+        if not entry or not entry.keys() <= {"bits", "act-bits"}:
+            raise ValueError
+        weight = text_of(entry["bits"]) if "bits" in entry else ""
+        act = "/" + text_of(entry["act-bits"]) if "act-bits" in entry else ""
+        return f"{name}={weight}{act}"
+
+    try:
+        if isinstance(value, Mapping):
+            value = ",".join(entry_of(name, entry) for name, entry in value.items())
+            if not value:
+                return ""
+        if not isinstance(value, str):
+            return None
+        entries = layer_bits(value)
+    except ValueError:
+        return None
+    return ",".join(
+        f"{one.pattern}={'+'.join(map(str, one.weight or ()))}"
+        + ("" if one.act is None else f"/{'+'.join(map(str, one.act))}")
+        for one in entries
+    )
+
+
+def _seconds(value: Any) -> float | None:
+    """`90s`, `30m`, `1.5h`, or seconds as a number; None for anything else."""
+    if isinstance(value, str):
+        number = value.rstrip("smh")
+        unit = SECONDS.get(value[len(number) :])
+        try:
+            value = float(number) * unit if unit is not None else None
+        except ValueError:
+            return None
+    if type(value) in (int, float) and math.isfinite(value) and value > 0:
+        return float(value)
+    return None
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...] | None:
     """`2,3,4`, `[2, 3, 4]` or `4` as a tuple; None for anything else."""
     if type(value) is int:
         return (value,)

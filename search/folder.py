@@ -6,9 +6,11 @@ OUT/NAME/
   fp32.safetensors    the FP32 weights;  fp32.json  how they were trained and how good they are
   sensitivity.json    every proxy's table;  sensitivity.csv  the same, one row a layer and bits
   trials/NNNN.json    a record per trial
+  start/NNNN.safetensors   with --warm-start, weights that other trials may start from
   final/ID.json       a record per final model;  models/ID.safetensors  its packed weights
   front.json, front.csv, front.png, report.html, best.safetensors, best.bits.json
   results.json        which point is best, and the uniform models beside the front
+  clock.json          seconds that the study took so far
 OUT/.cache/           FP32 weights by content key, shared by all studies of OUT
 """
 
@@ -18,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,27 @@ from adq.quant.files import read_json, write_json, write_text
 from adq.search.candidate import Record
 from adq.search.config import StudyConfig, make_config, read_toml
 
-TRIALS, FINAL, MODELS = "trials", "final", "models"
+TRIALS, FINAL, MODELS, START = "trials", "final", "models", "start"
+
+
+class Clock:
+    """The seconds that a study took, summed over the processes that ran it, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._started, self._before = path, time.monotonic(), 0.0
+        if path.exists():
+            data = read_json(path)
+            try:
+                self._before = float(data["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def save(self) -> None:
+        write_json(self._path, {"seconds": self.seconds})
 
 
 class StudyFolder:
@@ -74,26 +97,33 @@ class StudyFolder:
     def records(self, kind: str) -> list[Record]:
         return [_record(path) for path in sorted((self.path / kind).glob("*.json"))]
 
-    def extended(self, trials: int | None) -> StudyConfig:
-        """The configuration with its number of trials raised to `trials`."""
+    def extended(self, trials: int | None, time_budget: float | str | None = None) -> StudyConfig:
+        """The configuration with its number of trials and its time budget raised."""
         config = self.config
-        if trials is None:
-            return config
-        if trials < config.trials:
+        more = make_config(vars(config), {"trials": trials, "time_budget": time_budget})
+        if more.trials < config.trials:
             raise InputError(
                 f"trials: study {self.name!r} has {config.trials}; expected at least as many, got "
                 f"{trials}"
             )
-        return make_config(vars(config), {"trials": trials})
+        if (more.time_budget or 0) < (config.time_budget or 0):
+            raise InputError(
+                f"time-budget: study {self.name!r} has {config.time_budget:g} s; expected at least "
+                f"as much, got {time_budget}"
+            )
+        return more
 
     @property
     def finished(self) -> bool:
-        """Whether results.json holds what this many trials led to."""
+        """Whether results.json holds what this many trials, and this much time, led to."""
         path = self.file("results.json")
         if not path.exists():
             return False
-        results = read_json(path)
-        return isinstance(results, dict) and results.get("trials") == self.config.trials
+        results, config = read_json(path), self.config
+        return isinstance(results, dict) and (
+            (results.get("trials"), results.get("time_budget"))
+            == (config.trials, config.time_budget)
+        )
 
     def status(self) -> str:
         """How far the study is, in words."""
@@ -133,7 +163,9 @@ def _record(path: Path) -> Record:
     data = read_json(path)
     try:
         return Record.from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 

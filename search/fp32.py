@@ -16,6 +16,7 @@ from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.files import atomic_path, read_json, write_json, write_tensors
 from adq.quant.qat import Epoch, TrainingConfig, train_
+from adq.search.config import OPTIONS, option_name
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem
@@ -68,10 +69,24 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
                 "validation": asdict(validation),
                 "test": asdict(test),
                 "task_key": task_key(problem),
+                "options": _options(problem),
             },
         )
     data = read_json(facts)
     try:
+        if "task_key" in data and "options" not in data:
+            raise InputError(
+                f"study {folder.name!r} is of an earlier version: start a new study, with the "
+                "options in its study.toml"
+            )
+        before, now = data["options"], _options(problem)
+        if edited := [name for name, value in before.items() if now[name] != value]:
+            name = edited[0]
+            raise InputError(
+                f"study {folder.name!r}: {option_name(OPTIONS[name])} is {now[name]!r} and was "
+                f"{before[name]!r} when the study began; restore it in study.toml, or start a new "
+                "study"
+            )
         if data["task_key"] != task_key(problem):
             raise InputError(
                 f"study {folder.name!r}: the task's data, loss or model, the choices of bits or "
@@ -163,6 +178,30 @@ def task_key(problem: Problem, *, choices: bool = True) -> str:
             repr((problem.space, problem.config.scheme, terms)) if choices else "",
         ]
     )
+
+
+RESUMABLE = (
+    "task",
+    "model",
+    "weights",
+    "fp32_epochs",
+    "latency",
+    "gradient_checkpoints",
+    "trials",
+    "time_budget",
+    "device",
+    "study",
+    "storage",
+    "out",
+)
+"""Options that may differ when a study is resumed: what they stand for is kept or checked in other
+ways, or does not change the results."""
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    """The options that a study's results follow from, as JSON has them."""
+    chosen = {k: v for k, v in asdict(problem.config).items() if k not in RESUMABLE}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
 
 
 def _source(thing: Any) -> str:

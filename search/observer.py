@@ -10,6 +10,9 @@ class Observer:
     def step(self, note: str = "") -> None:
         """One step of the present stage is done; `note` says what came of it."""
 
+    def note(self, text: str) -> None:
+        """What came of work within a step that is done already."""
+
     def best(self, text: str) -> None:
         """The best result so far changed."""
 

@@ -18,10 +18,10 @@ from adq.quant.calibrate import Ranges, input_ranges
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
 from adq.search.budget import OPTION_OF, check_reachable
-from adq.search.config import StudyConfig, tie_groups
+from adq.search.config import StudyConfig, layer_bits, tie_groups
 from adq.search.knapsack import solve
 from adq.search.latency import latency_model
-from adq.search.space import Space, cost_range, make_space, option_terms
+from adq.search.space import Space, cost_range, make_space, objectives, option_terms
 from adq.search.task import Task, task_call
 
 CALIBRATION_SAMPLES = 512
@@ -80,8 +80,8 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
 
     A study must have a budget; measuring alone (`budgeted=False`) needs none.
 
-    Raises InputError for a device that is not there, a task whose code fails, ties of layers that
-    are not there, or a budget outside the reachable range.
+    Raises InputError for a device that is not there, a task whose code fails, ties or bits of
+    layers that are not there, or a budget outside the reachable range.
     """
     device = pick_device(config.device)
     limits = config.budget.limits() if budgeted else {}
@@ -120,9 +120,16 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
         )
     else:
         ties = given_ties(config.ties, [layer.name for layer in layers])
-    space = make_space(layers, config.bits, config.act_bits, config.first_last_bits, ties)
+    space = make_space(
+        layers,
+        config.bits,
+        config.act_bits,
+        config.first_last_bits,
+        ties,
+        layer_bits(config.layers) if config.layers else (),
+    )
     if space.size == 1:
-        raise InputError("bits, act-bits: a single choice leaves nothing to search")
+        raise InputError("bits, act-bits, layers: a single choice leaves nothing to search")
     searched = space.searched or tuple(layer.name for layer in layers)
     latency = latency_model(config) if budgeted else None
     if latency is not None:
@@ -137,11 +144,17 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
                 f"the budgets of {' and '.join(OPTION_OF[name][0] for name in limits)} can be met "
                 "one by one, but not together: give one of them more room"
             )
-    objectives = tuple(limits)
-    if len(config.act_bits) > 1 and "bops" not in objectives:
-        objectives += ("bops",)  # else nothing would ever speak for fewer input bits
     return Problem(
-        config, task, device, model, layers, space, costs, limits, objectives, calibration
+        config,
+        task,
+        device,
+        model,
+        layers,
+        space,
+        costs,
+        limits,
+        objectives(space, limits),
+        calibration,
     )
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from adq.proxies.base import Sensitivity
 from adq.quant.batches import threads
@@ -21,13 +23,23 @@ from adq.quant.files import atomic_path, read_json, write_json, write_text
 from adq.quant.spec import BitVector
 from adq.search.candidate import Record, train_candidate
 from adq.search.config import StudyConfig
-from adq.search.folder import FINAL, MODELS, TRIALS, StudyFolder, create_study
+from adq.search.folder import (
+    FINAL,
+    MODELS,
+    START,
+    TRIALS,
+    Clock,
+    StudyFolder,
+    create_study,
+)
 from adq.search.fp32 import Fp32, fp32_model, load_user_weights
-from adq.search.front import Front, Point, best_record, front_records, point_of
+from adq.search.front import Front, best_record, front_records, point_of
+from adq.search.lattice import Lattice
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
 from adq.search.report import write_report
-from adq.search.sampler import BudgetSampler
+from adq.search.samplers import make_sampler
+from adq.search.samplers.base import Proposals
 from adq.search.seeds import combined_scores, make_seeds
 from adq.search.sensitivity import (
     ensemble_of,
@@ -35,7 +47,7 @@ from adq.search.sensitivity import (
     sensitivities,
     to_csv,
 )
-from adq.search.study import create_storage_study, run_trials
+from adq.search.study import Job, StudyLoop, create_storage_study, run_trials
 from adq.search.task import Task
 
 RESULTS_SCHEMA = "adq-results/1"
@@ -58,108 +70,174 @@ def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front
     return resume(folder, task, observer, problem)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a study; the text says what is kept and how to go on."""
+
+
 def resume(
     folder: StudyFolder,
     task: Task,
     observer: Observer = SILENT,
     problem: Problem | None = None,
     trials: int | None = None,
+    time_budget: float | str | None = None,
 ) -> Front:
     """Bring a study to its end from wherever it stands; on a finished one, its front.
 
-    `trials` raises the number of candidates. Earlier results stay until new ones are written.
+    `trials` and `time_budget` raise the number of candidates and the time for all of it. Earlier
+    results stay until new ones are written.
 
     Raises InputError when the study is damaged, is being run by another process, or when the
-    user's task fails.
+    user's task fails; Interrupted on Ctrl-C, once the front so far is written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with folder.locked():
-        config = folder.extended(trials)
+        clock = Clock(folder.file("clock.json"))
+        config = folder.extended(trials, time_budget)
         if problem is None:
             problem = make_problem(config, task)
         with threads(problem.threads):
-            return _run(problem, folder, observer)
+            try:
+                fp32, finals, uniform = _run(problem, folder, config, clock, observer)
+            except KeyboardInterrupt:
+                clock.save()
+                raise Interrupted(_write_so_far(problem, folder)) from None
+            return _results(problem, folder, fp32, finals, uniform, observer)
 
 
-def _run(problem: Problem, folder: StudyFolder, observer: Observer) -> Front:
+def _run(
+    problem: Problem, folder: StudyFolder, config: StudyConfig, clock: Clock, observer: Observer
+) -> tuple[Fp32, list[Record], list[Record]]:
+    """The FP32 model, and the final records of the front and of the uniform models."""
     fp32 = fp32_model(problem, folder, observer)
-    if problem.config.trials != folder.config.trials:  # everything that can be checked is
-        write_text(folder.file("study.toml"), problem.config.to_toml())
+    if config != folder.config:  # it was extended, and everything that can be checked is
+        write_text(folder.file("study.toml"), config.to_toml())
     found = sensitivities(problem, fp32.model, folder, observer)
     ranges = problem.call("measuring input ranges", lambda: problem.input_ranges(fp32.model))
     train = partial(train_candidate, problem, fp32.model, ranges=ranges)
-    records = _search(problem, folder, found, train, observer)
-    finals, uniform = _final(problem, folder, train, records, observer)
-    return _results(problem, folder, fp32, finals, uniform, observer)
+    uniform = _uniform_around(problem)
+    loop = StudyLoop(folder, problem, _proposals(problem, found), clock, len(uniform))
+    _search(loop, train, observer)
+    return fp32, *_final(loop, train, uniform, observer)
 
 
-def _search(
-    problem: Problem,
-    folder: StudyFolder,
-    found: list[Sensitivity],
-    train: Callable[..., Record],
-    observer: Observer,
-) -> list[Record]:
-    config = problem.config
-    limits = problem.costs.limits(problem.limits)
-    seeds = make_seeds(problem.space, problem.costs, limits, found, SEEDS)
-    scores = combined_scores(problem.space, found)
-    sampler = BudgetSampler(problem.space, problem.costs, limits, scores, seeds, config.seed)
-    records = folder.records(TRIALS)
-    observer.stage("search", config.trials)
-    for _ in records:
+def _write_so_far(problem: Problem, folder: StudyFolder) -> str:
+    """Write the front of the finished trials, where no final one is there; what to say of it."""
+    text = f"interrupted: 'adq-search resume {folder.name}' goes on, and nothing finished is lost"
+    records = front_records(folder.records(TRIALS), problem.objectives)
+    if folder.file("results.json").exists():
+        return f"{text}; the front of before stays"
+    if not records:
+        return text
+    facts = read_json(folder.file("fp32.json"))
+    front = Front(
+        study=folder.name,
+        task=problem.config.task,
+        metric_name=problem.task.metric_name,
+        fp32_metric=facts["validation"]["metric"],
+        budget=problem.config.budget.limits(),
+        points=tuple(point_of(record, "validation") for record in records),
+        split="validation",
+        folder=str(folder.path),
+    )
+    write_report(folder, front)
+    return f"{text}; the front so far, by validation, is in {folder.file('front.json')}"
+
+
+def _proposals(problem: Problem, found: list[Sensitivity]) -> Proposals:
+    config, space, costs = problem.config, problem.space, problem.costs
+    limits = costs.limits(problem.limits)
+    seeds = make_seeds(space, costs, limits, found, SEEDS)
+    lattice = Lattice(space, costs, limits, combined_scores(space, found))
+    sampler = make_sampler(config.sampler, lattice, problem.objectives, len(seeds))
+    return Proposals(lattice, seeds, sampler, config.seed)
+
+
+def _search(loop: StudyLoop, train: Callable[..., Record], observer: Observer) -> None:
+    problem, folder = loop.problem, loop.folder
+    if problem.config.warm_start == "on":
+        folder.file(START).mkdir(exist_ok=True)
+    observer.stage("search", problem.config.trials)
+    for _ in loop.records:
         observer.step("done before")
 
-    def evaluate(id: str, bits: BitVector) -> Record:
+    def best() -> Record | None:
+        return best_record(loop.front) if loop.front else None
+
+    def evaluate(job: Job) -> Record:
+        start = None if job.parent is None else _load_start(folder, job.parent)
+        keep = problem.config.warm_start == "on" and job.rung == loop.ladder.top
         record: Record = problem.call(
-            f"training candidate {id}",
-            lambda: train(bits, id=id, epochs=config.epochs),
+            f"training candidate {job.id}",
+            partial(
+                train,
+                job.bits,
+                id=job.id,
+                epochs=job.epochs,
+                start=start,
+                keep_in=_start_path(folder, job.id) if keep else None,
+            ),
         )
         return record
 
-    def best() -> Record | None:
-        done = [r for r in records if r.validation is not None]
-        return best_record(done) if done else None
+    shown = best()
 
     def heard(record: Record) -> None:
-        before = best()
-        if all(r.id != record.id for r in records):
-            records.append(record)
-            observer.step(_summary(problem, record))
+        nonlocal shown
+        (observer.step if len(record.rungs) == 1 else observer.note)(_summary(problem, record))
         now = best()
-        if now is not None and now is not before:
+        if now is not None and now is not shown:
             observer.best(f"best so far {_summary(problem, now)}")
+        shown = now
 
-    if not run_trials(folder, problem, sampler, evaluate, heard):
-        observer.message("no new bit vector is left under the budget: the search ends early")
-    if not records:
+    run_trials(loop, evaluate, heard)
+    observer.message(loop.end)
+    if not loop.records:
         raise InputError(f"no trial record in {folder.file(TRIALS)}: restore them")
-    if all(record.validation is None for record in records):
-        raise InputError(f"every candidate failed; the last one: {records[-1].error}")
-    return records
+    if not loop.front:
+        errors = [r.error for r in loop.records.values() if r.error is not None]
+        raise InputError(f"every candidate failed; the last one: {errors[-1]}")
+
+
+def _start_path(folder: StudyFolder, id: str) -> Path:
+    return folder.file(START) / f"{id}.safetensors"
+
+
+def _load_start(folder: StudyFolder, id: str) -> dict[str, Tensor]:
+    path = _start_path(folder, id)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}, which another trial starts from, is missing or damaged ({text}): restore it, "
+            "or start a new study"
+        ) from None
 
 
 def _summary(problem: Problem, record: Record) -> str:
-    costs = record.costs
-    if record.validation is None:
+    costs, found = record.costs, record.validation
+    if record.error is not None:
         return f"trial {record.id}: failed, {record.error}"
+    trained = ""
+    if found is None:
+        found, trained = record.rungs[-1].validation, f" after {record.epochs} epochs"
+    assert found is not None
     return (
-        f"{record.id}: {problem.task.metric_name} {record.validation.metric:.4f}, "
-        f"loss {record.validation.loss:.4f}, {costs.average_bits:.3f} bits, "
-        f"{costs.size_bytes / 1e3:.1f} kB"
+        f"{record.id}{trained}: {problem.task.metric_name} {found.metric:.4f}, "
+        f"loss {found.loss:.4f}, {costs.average_bits:.3f} bits, {costs.size_bytes / 1e3:.1f} kB"
     )
 
 
 def _final(
-    problem: Problem,
-    folder: StudyFolder,
+    loop: StudyLoop,
     train: Callable[..., Record],
-    records: list[Record],
+    uniform: dict[str, BitVector],
     observer: Observer,
 ) -> tuple[list[Record], list[Record]]:
-    """Final training of the front and of the uniform vectors around the budget."""
-    chosen = {f"t{r.id}": r.bits for r in front_records(records, problem.objectives)}
-    uniform = _uniform_around(problem)
+    """Final training of the front and of the uniform vectors around the budget, from FP32."""
+    problem, folder = loop.problem, loop.folder
+    chosen = {f"t{r.id}": r.bits for r in loop.front}
     observer.stage("final training", len(chosen) + len(uniform))
     done: list[Record] = []
     for id, bits in (chosen | uniform).items():
@@ -180,6 +258,7 @@ def _final(
                 ),
             )
             folder.write_record(FINAL, record)
+            loop.clock.save()
         done.append(record)
         observer.step(_summary(problem, record))
     finals = [r for r in done if r.id in chosen and r.error is None]
@@ -226,8 +305,8 @@ def _results(
         task=problem.config.task,
         metric_name=problem.task.metric_name,
         fp32_metric=fp32.test.metric,
+        budget=problem.config.budget.limits(),
         points=tuple(point_of(record) for record in points),
-        best=point_of(best),
         uniform=tuple(point_of(record) for record in uniform),
         folder=str(folder.path),
     )
@@ -248,44 +327,26 @@ def _results(
             "best": best.id,
             "objectives": list(problem.objectives),
             "trials": problem.config.trials,
+            "time_budget": problem.config.time_budget,
             "fp32": {"validation": asdict(fp32.validation), "test": asdict(fp32.test)},
-            "uniform": [asdict(point) for point in front.uniform],
         },
     )
     observer.step("written")
     return front
 
 
-def _read_point(data: dict[str, Any]) -> Point:
-    point = Point(**data)
-    numbers = (point.metric, point.metric_stderr, point.average_bits, point.size_bytes, point.bops)
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError(f"point {point.id} has a text where a number belongs")
-    return point
-
-
 def load_front(folder: StudyFolder) -> Front:
-    """The front of a finished study, from its files; InputError when it has none yet."""
-    if not folder.file("results.json").exists():
+    """The front of a study, from its front.json; InputError when it has none yet."""
+    path = folder.file("front.json")
+    if not path.exists():
         raise InputError(
             f"study {folder.name!r} has no front yet ({folder.status()}): finish it with "
             f"'adq-search resume {folder.name}'"
         )
-    front, results = read_json(folder.file("front.json")), read_json(folder.file("results.json"))
+    data = read_json(path)
     try:
-        points = tuple(_read_point(point) for point in front["points"])
-        fields: dict[str, Any] = {
-            name: front[name] for name in ("study", "task", "metric_name", "fp32_metric")
-        }
-        return Front(
-            **fields,
-            points=points,
-            best=next(p for p in points if p.id == results["best"]),
-            uniform=tuple(_read_point(point) for point in results["uniform"]),
-            folder=str(folder.path),
-        )
-    except (KeyError, TypeError, StopIteration) as error:
-        raise InputError(
-            f"study {folder.name!r} is damaged: front.json and results.json do not fit "
-            f"({type(error).__name__} {error})"
-        ) from None
+        return Front.from_json(data, str(folder.path))
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None

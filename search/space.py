@@ -1,15 +1,19 @@
 """The search space: for each group of tied layers the bits its weights and inputs may get."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
 
 from optuna.distributions import CategoricalDistribution
 
 from adq.proxies.costs import CostModel
+from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.spec import BitVector
+from adq.search.config import LayerBits
 
 FP32 = 0  # the choice "keep this input in FP32"
 Option = tuple[int, int]
@@ -112,10 +116,11 @@ class Space:
         )
 
     def uniform(self, weight: int) -> list[Option]:
-        """`weight` bits wherever they are free, and the most input bits of each layer."""
+        """The most of each layer's choices that are no more than `weight` bits, else the fewest,
+        and the most input bits."""
         return [
             (
-                weight if len(group.weight) > 1 else group.weight[0],
+                max((w for w in group.weight if w <= weight), default=group.weight[0]),
                 max(group.act, key=act_order),
             )
             for group in self.groups
@@ -133,17 +138,28 @@ def make_space(
     act_bits: Sequence[int],
     first_last_bits: int,
     ties: Sequence[Sequence[str]] = (),
+    given: Sequence[LayerBits] = (),
 ) -> Space:
     """Every group of layers gets all choices, but the first and last layer, which are pinned.
 
     `first_last_bits` pins both (weights; their inputs too, unless `act_bits` is FP32 alone);
     0 pins nothing. `ties` are disjoint groups of layer names; a pinned layer leaves its group.
+
+    What is `given` for layers takes the place of all this. A first or last layer that is given
+    weight bits is like any other; a layer named with a single number of them is pinned. A name
+    goes before patterns (case-sensitive, `*`, `?`, `[...]`), a later pattern before an earlier one.
+    What is given for a layer holds for its group.
+
+    Raises InputError for a pattern that matches no layer, and where the layers of a group are
+    given different choices.
     """
     weight = tuple(sorted(set(weight_bits)))
-    act = tuple(sorted(set(act_bits), key=act_order))
+    act = _act_choices(act_bits)
     pinned_act = (FP32,) if act == (FP32,) else (first_last_bits,)
     names = tuple(layer.name for layer in layers)
-    pinned = {names[0], names[-1]} if first_last_bits else set()
+    given_weight, given_act = given_choices(given, names)
+    ends = {names[0], names[-1]} - given_weight.keys() if first_last_bits else set()
+    pinned = ends | {one.pattern for one in given if one.weight and len(one.weight) == 1}
     group_of: dict[str, tuple[str, ...]] = {}
     for tie in ties:
         free = tuple(name for name in names if name in set(tie) - pinned)
@@ -151,11 +167,66 @@ def make_space(
     groups = []
     for name in names:
         group = group_of.get(name, (name,))
-        if name in pinned:
-            groups.append(Choices(group, (first_last_bits,), pinned_act))
-        elif name == group[0]:
-            groups.append(Choices(group, weight, act))
+        if name == group[0]:
+            end = name in ends
+            groups.append(
+                Choices(
+                    group,
+                    _shared(group, given_weight) or ((first_last_bits,) if end else weight),
+                    _shared(group, given_act) or (pinned_act if end else act),
+                )
+            )
     return Space(names, tuple(groups))
+
+
+Given = dict[str, tuple[int, ...]]
+
+
+def given_choices(given: Sequence[LayerBits], names: Sequence[str]) -> tuple[Given, Given]:
+    """Layer name -> the weight bits, and the input bits, that it is given."""
+    weight: Given = {}
+    act: Given = {}
+    for one in sorted(given, key=lambda one: one.pattern in names):  # exact names last
+        exact = one.pattern in names
+        matched = [
+            n for n in names if n == one.pattern or (not exact and fnmatchcase(n, one.pattern))
+        ]
+        if not matched:
+            near = difflib.get_close_matches(one.pattern.strip("*?."), names, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise InputError(
+                f"layers: {one.pattern!r} matches no layer that can be quantized{hint}"
+            )
+        if one.weight is not None:
+            weight |= dict.fromkeys(matched, tuple(sorted(one.weight)))
+        if one.act is not None:
+            act |= dict.fromkeys(matched, _act_choices(one.act))
+    return weight, act
+
+
+def _act_choices(bits: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(bits), key=act_order))
+
+
+def _shared(group: Sequence[str], given: Given) -> tuple[int, ...] | None:
+    """What is given for the layers of a group; None where nothing is."""
+    by_choice = {given[name]: name for name in group if name in given}
+    if len(by_choice) > 1:
+        (a, first), (b, second) = list(by_choice.items())[:2]
+        raise InputError(
+            f"layers: {first!r} and {second!r} share their bits (see ties), but are given "
+            f"{'+'.join(map(str, a))} and {'+'.join(map(str, b))}"
+        )
+    return next(iter(by_choice), None)
+
+
+def objectives(space: Space, limits: Iterable[str]) -> tuple[str, ...]:
+    """The costs that a study minimises: those with a limit, and bit operations where inputs have a
+    choice, since nothing else would ever speak for fewer input bits."""
+    names = tuple(limits)
+    if "bops" not in names and any(len(group.act) > 1 for group in space.groups):
+        names += ("bops",)
+    return names
 
 
 def cost_range(space: Space, costs: CostModel) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,7 +8,7 @@ import altair as alt
 from adq.proxies.base import Sensitivity
 from adq.search.report.bits_chart import bits_charts
 from adq.search.report.facts import Facts
-from adq.search.report.front_chart import front_chart
+from adq.search.report.front_chart import front_chart, interactive_front
 from adq.search.report.history_chart import history_chart
 from adq.search.report.sensitivity_chart import sensitivity_charts
 from adq.search.report.theme import Chart, finished
@@ -21,9 +21,10 @@ def page_charts(facts: Facts) -> dict[str, Chart]:
     front, metric = facts.front, facts.front.metric_name
     return {
         "front": finished(
-            front_chart(facts),
-            f"Test {metric} of the {len(front.points)} models of the front against "
-            f"{facts.unit.title}, beside FP32 and models with the same bits in every layer.",
+            interactive_front(facts),
+            f"{front.split.capitalize()} {metric} of the {len(front.points)} models of the front "
+            f"against {facts.unit.title}, beside FP32 and models with the same bits in every "
+            "layer; below it the bits of one model's layers.",
         ),
         "bits": finished(
             _beside(bits_charts(facts)),
@@ -44,20 +45,22 @@ def page_charts(facts: Facts) -> dict[str, Chart]:
 def picture(facts: Facts) -> bytes:
     """front.png: the front above; below, the layers' bits beside their sensitivities."""
     front = facts.front
+    partial = "" if front.split == "test" else ", stopped before the final training"
     title = alt.Title(
-        f"Test {front.metric_name} against {facts.unit.title}", subtitle=f"study {front.study}"
+        f"{front.split.capitalize()} {front.metric_name} against {facts.unit.title}",
+        subtitle=f"study {front.study}{partial}",
     )
     panels = [*bits_charts(facts), *_sensitivities(facts, labels=False)]
     width = sum(panel.width for panel in panels) + SPACING * (len(panels) - 1)
     above = front_chart(facts, width).properties(title=title)
     whole = alt.vconcat(above, _beside(panels), spacing=34)
     whole = whole.resolve_scale(color="independent", shape="independent")
-    return _png(whole)
+    return png(whole)
 
 
 def sensitivity_picture(proxies: Sequence[Sensitivity]) -> bytes:
     """The scores alone, as a PNG."""
-    return _png(_beside(sensitivity_charts(proxies, {}, {})))
+    return png(_beside(sensitivity_charts(proxies, {}, {})))
 
 
 def _sensitivities(facts: Facts, labels: bool = True) -> list[alt.LayerChart]:
@@ -65,7 +68,8 @@ def _sensitivities(facts: Facts, labels: bool = True) -> list[alt.LayerChart]:
     return sensitivity_charts(facts.proxies, best.weight_bits, best.act_bits, labels)
 
 
-def _png(chart: Chart) -> bytes:
+def png(chart: Chart) -> bytes:
+    """A chart as a picture."""
     out = io.BytesIO()
     finished(chart, "").save(out, format="png", scale_factor=SCALE)
     return out.getvalue()

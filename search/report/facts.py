@@ -21,8 +21,8 @@ class Facts:
     """A front and the records behind it.
 
     `trials` are in the order of their numbers; `proxies` end with the ensemble that was fitted on
-    them, where they are enough; `finals` maps an id to its final record;
-    `fp32` is measured on the test split, `fp32_validation` on the other.
+    them, where they are enough; `finals` maps an id to its final record; `fp32` is measured on the
+    front's split.
     """
 
     front: Front
@@ -35,8 +35,8 @@ class Facts:
 
     @property
     def cost(self) -> str:
-        """The first objective: the cost that the charts are drawn against."""
-        return next(iter(self.config.budget.limits()))
+        """The first cost with a budget: what the charts are drawn against."""
+        return next(iter(self.front.budget))
 
     @property
     def unit(self) -> Unit:
@@ -45,12 +45,17 @@ class Facts:
     @property
     def limit(self) -> float:
         """The budget of `cost`, in the cost's own unit."""
-        return self.config.budget.limits()[self.cost]
+        return self.front.budget[self.cost]
 
     @property
     def layers(self) -> list[str]:
         """The quantized layers in the order in which the model runs them."""
         return list(self.front.points[0].weight_bits)
+
+    @property
+    def metric_title(self) -> str:
+        """The metric with the split on which it was measured, like `test accuracy`."""
+        return f"{self.front.split} {self.front.metric_name}"
 
     @property
     def metric_format(self) -> str:
@@ -79,14 +84,14 @@ class Facts:
 
 
 def read_facts(folder: StudyFolder, front: Front) -> Facts:
-    """The facts of a study whose final training is done.
+    """The facts of a study whose front is known.
 
     Raises InputError when a file is missing or damaged.
     """
     path = folder.file("fp32.json")
     data = read_json(path)
     try:
-        fp32, validation = Evaluation(**data["test"]), Evaluation(**data["validation"])
+        fp32, validation = Evaluation(**data[front.split]), Evaluation(**data["validation"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
     trials = sorted(folder.records(TRIALS), key=lambda record: int(record.id))

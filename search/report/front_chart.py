@@ -1,37 +1,122 @@
-"""The chart of the front: test metric against the first cost."""
+"""The chart of the front: metric against the first cost."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import altair as alt
 
-from adq.search.front import Point
+from adq.quant.spec import MAX_BITS
+from adq.search.front import Front, Point
 from adq.search.report.facts import Facts
-from adq.search.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, number_axis, rows
+from adq.search.report.theme import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    bits_scale,
+    cut_label,
+    number_axis,
+    rows,
+)
 from adq.search.report.units import UNITS, padded
 
-WIDTH, HEIGHT = 640, 300
+WIDTH, HEIGHT, BITS_HEIGHT = 640, 300, 80
+FEW_LAYERS = 24
+"""More layers than this, and their names are in the tooltips alone."""
+SYMBOL = "item().mark && item().mark.marktype == 'symbol' && item().mark.role == 'mark'"
+"""Vega: the pointer is over a model, not over a line, a bar or the legend."""
 Pixel = tuple[float, float]
 HALO = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
 """Drawn under a text, so that it can be read across lines."""
 
 
-def front_chart(facts: Facts, width: int = WIDTH) -> alt.LayerChart:
-    """Points with ±1 standard error, the best one, uniform models, FP32 and the budget.
+def interactive_front(facts: Facts) -> alt.VConcatChart:
+    """The chart, and below it the bits of every layer of the model under the pointer; of the best
+    one until then."""
+    pointed = alt.selection_point(
+        name="model",
+        fields=["point"],
+        on=f"pointerover[{SYMBOL}]",
+        clear=False,
+        value=[{"point": facts.front.best.id}],
+        empty=False,
+    )
+    both = alt.vconcat(front_chart(facts, pointed=pointed), _bits_of(facts, pointed), spacing=10)
+    return both.resolve_scale(color="independent", shape="independent")
+
+
+def _bits_of(facts: Facts, pointed: alt.Parameter) -> alt.LayerChart:
+    """Layers across, weight bits as bars; where input bits are searched, those as ticks."""
+    cells = list(_cells(facts))
+    inputs = len(facts.config.act_bits) > 1
+    key = " (bars: weights, ticks: inputs)" if inputs else ""
+    names = [
+        {"point": p.id, "name": f"{p.id}: {facts.unit.text(facts.cost_of(p))}{key}"}
+        for p in (*facts.front.points, *facts.front.uniform)
+    ]
+    widths = sorted({cell["bits"] for cell in cells})
+    few = len(facts.layers) <= FEW_LAYERS
+    across = alt.Axis(
+        title=None if few else f"{len(facts.layers)} layers in model order",
+        labels=few,
+        ticks=False,
+        labelAngle=-35,
+        labelLimit=0,
+        labelOverlap=False,
+        labelExpr=cut_label(16),
+    )
+    x = alt.X("layer", type="nominal", scale=alt.Scale(domain=facts.layers), axis=across)
+    scale = alt.Scale(domain=[0, MAX_BITS])
+    y = alt.Y("bits", type="quantitative", title="bits", scale=scale, axis=alt.Axis(tickCount=4))
+    texts = {"layer": "layer", "bits": "bits of the weights", "inputs": "bits of the inputs"}
+    bars = alt.Chart(rows(cells)).transform_filter(pointed)
+    layers = [
+        bars.mark_bar().encode(
+            x,
+            y,
+            color=alt.Color("bits", type="ordinal", scale=bits_scale(widths), legend=None),
+            tooltip=[alt.Tooltip(key, type="nominal", title=text) for key, text in texts.items()],
+        ),
+        alt.Chart(rows(names))
+        .transform_filter(pointed)
+        .mark_text(align="left", baseline="bottom", dy=-5, fontSize=12, color=INK)
+        .encode(x=alt.value(0), y=alt.value(0), text=alt.Text("name", type="nominal")),
+    ]
+    if inputs:
+        ticks = bars.transform_filter("isNumber(datum.inputs)")
+        layers.append(ticks.mark_tick(color=ORANGE, thickness=3, opacity=1).encode(x, y="inputs:Q"))
+    return alt.LayerChart(layer=layers, width=WIDTH, height=BITS_HEIGHT)
+
+
+def _cells(facts: Facts) -> Iterator[dict[str, Any]]:
+    for point in (*facts.front.points, *facts.front.uniform):
+        for layer, bits in point.weight_bits.items():
+            inputs = point.act_bits.get(layer, "FP32")
+            yield {"point": point.id, "layer": layer, "bits": bits, "inputs": inputs}
+
+
+def front_chart(
+    facts: Facts, width: int = WIDTH, pointed: alt.Parameter | None = None
+) -> alt.LayerChart:
+    """Points with ±1 standard error, the best one, the knee, uniform models, FP32 and the budget.
+    `pointed` selects the model under the pointer.
 
     The names of marks stand where they can't meet: in the legend above, FP32's right of the plot,
     the budget's on top of it, uniform models' beside them (those differ by a whole bit).
     """
     front, unit = facts.front, facts.unit
-    best = f"best by validation, {front.best.id}"
-    points = [_row(facts, p, best if p.id == front.best.id else "front") for p in front.points]
+    names = _names_of(front)
+    points = [_row(facts, p, names.get(p.id, "front")) for p in front.points]
     uniform = [_row(facts, p, "the same bits in every searched layer") for p in front.uniform]
     costs = [row["cost"] for row in points + uniform]
     metrics = [row[end] for row in points + uniform for end in ("low", "high")]
     across = padded([*costs, unit.value(facts.limit)])
     x = number_axis(alt.X, "cost", unit.title, across, tickCount=8)
     up = padded([*metrics, facts.fp32.metric])
-    y = number_axis(alt.Y, "metric", f"test {front.metric_name}", up, tickCount=6)
+    y = number_axis(alt.Y, "metric", facts.metric_title, up, tickCount=6)
 
     def pixel(row: dict[str, Any]) -> Pixel:
         return _share(row["cost"], across) * width, (1 - _share(row["metric"], up)) * HEIGHT
@@ -39,10 +124,20 @@ def front_chart(facts: Facts, width: int = WIDTH) -> alt.LayerChart:
     taken = [pixel(row) for row in uniform] + _along([pixel(row) for row in points])
     layers = [
         *_reference_lines(facts, x, y, width),
-        *_models(facts, points, uniform, best, x, y),
+        *_models(facts, points, uniform, x, y, pointed),
         *_names(uniform, taken, width, x, y),
     ]
     return alt.LayerChart(layer=layers, width=width, height=HEIGHT)
+
+
+def _names_of(front: Front) -> dict[str, str]:
+    """Id -> what the legend calls it: the best point first, then the knee, where there is one."""
+    best, knee = front.best.id, front.knee
+    if knee is None:
+        return {best: f"best by validation, {best}"}
+    if knee.id == best:
+        return {best: f"best by validation and knee, {best}"}
+    return {best: f"best by validation, {best}", knee.id: f"knee, {knee.id}"}
 
 
 def _row(facts: Facts, point: Point, kind: str) -> dict[str, Any]:
@@ -65,14 +160,16 @@ def _models(
     facts: Facts,
     points: list[dict[str, Any]],
     uniform: list[dict[str, Any]],
-    best: str,
     x: alt.X,
     y: alt.Y,
+    pointed: alt.Parameter | None,
 ) -> list[alt.Chart]:
     """The line of the front, error bars, and one mark a model."""
+    best, *knee = _names_of(facts.front).values()
     looks = {"front": (BLUE, "circle"), best: (ORANGE, "circle")}
+    looks |= dict.fromkeys(knee, (BLUE, "square"))
     looks |= {row["kind"]: (GREEN, "diamond") for row in uniform}
-    if len(points) == 1:
+    if all(row["kind"] != "front" for row in points):
         del looks["front"]  # the only point is the best one
     colours, shapes = zip(*looks.values(), strict=True)
     legend = alt.Legend(title=None, orient="top", labelLimit=0, columnPadding=18, offset=24)
@@ -82,14 +179,16 @@ def _models(
 
     colour = alt.Color("kind", type="nominal", **domain(colours))
     shape = alt.Shape("kind", type="nominal", **domain(shapes))
-    texts = {"point": "model", "metric_text": f"test {facts.front.metric_name}"}
+    texts = {"point": "model", "metric_text": facts.metric_title}
     texts |= {name: unit.title for name, unit in UNITS.items() if name in points[0]}
     tooltip = [alt.Tooltip(name, type="nominal", title=title) for name, title in texts.items()]
 
     on_front, beside = alt.Chart(rows(points)), alt.Chart(rows(uniform))
     the_best = alt.Chart(rows(row for row in points if row["kind"] == best))
     bar = {"y": alt.Y("low", type="quantitative"), "y2": alt.Y2("high")}
-    return [
+    # below the marks, whose tooltips they would hide
+    rings = [the_best.mark_point(size=260, strokeWidth=2.2, color=ORANGE, opacity=1).encode(x, y)]
+    marks = [
         on_front.mark_line(color=BLUE, strokeWidth=1.5, opacity=0.6).encode(x, y),
         alt.Chart(rows(points + uniform))
         .mark_rule(strokeWidth=1.5, opacity=0.55)
@@ -100,8 +199,12 @@ def _models(
         on_front.mark_point(filled=True, size=90, opacity=1).encode(
             x, y, colour, shape, tooltip=tooltip
         ),
-        the_best.mark_point(size=260, strokeWidth=2.2, color=ORANGE, opacity=1).encode(x, y),
     ]
+    if pointed is None:
+        return [*rings, *marks]
+    ring = alt.Chart(rows(points + uniform)).transform_filter(pointed)
+    rings.append(ring.mark_point(size=520, strokeWidth=1.2, color=INK, opacity=1).encode(x, y))
+    return [*rings, *marks[:-1], marks[-1].add_params(pointed)]
 
 
 def _share(value: float, domain: list[float]) -> float:

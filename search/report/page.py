@@ -14,11 +14,12 @@ from markupsafe import Markup
 from adq.quant.evaluate import Evaluation
 from adq.search.candidate import Record
 from adq.search.config import IN_PYTHON
-from adq.search.front import Point
+from adq.search.front import TOLERANCE, Point
 from adq.search.report.charts import page_charts
 from adq.search.report.command import command_line, options
 from adq.search.report.facts import Facts
-from adq.search.report.units import UNITS
+from adq.search.report.history_chart import reached
+from adq.search.report.units import UNITS, reference_text
 
 BUNDLE = "window.vegaEmbed = vegaEmbed;"
 PACKAGES = ("adq-search", "torch", "optuna", "altair")
@@ -28,55 +29,59 @@ PACKAGES = ("adq-search", "torch", "optuna", "altair")
 class Model:
     """A row of the table of models: cells as text, empty where there is nothing to say.
 
-    `at` is the first cost with its unit.
+    `metric` was measured on the front's split, `at` is the first cost with its unit.
     """
 
     id: str
     at: str
-    test: str
+    metric: str
     validation: str
     costs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A row of the table of trials, in the same way; `error` says why a trial failed."""
+    """A row of the table of trials, in the same way; `state` says how it ended."""
 
     number: int
     cost: str
     metric: str
     loss: str
     seconds: str
-    error: str
+    state: str
 
 
 def page(facts: Facts) -> str:
     """The report as HTML, with its charts and the code that draws them inside."""
     config, front = facts.config, facts.front
     costs = [name for name in UNITS if getattr(front.best, name) is not None]
-    points = {p.id for p in (*front.points, *front.uniform)}
-    return _template().render(
+    knee = front.knee
+    return template("report.html.jinja").render(
         front=front,
         config=config,
         from_python=config.task == IN_PYTHON,
         options=options(config),
         command=command_line(config),
-        budgets=[UNITS[cost].limit(limit) for cost, limit in config.budget.limits().items()],
+        budgets=[UNITS[cost].limit(limit) for cost, limit in front.budget.items()],
         best=_model(facts, front.best, costs),
         best_costs=[
             UNITS[name].text(getattr(front.best, name))
             for name in costs
-            if name != "average_bits_searched"
+            if name not in ("average_bits_searched", "average_act_bits")
         ],
+        knee=None if knee is None else _model(facts, knee, costs),
+        hypervolume=f"{front.hypervolume():.4f}",
+        reference=reference_text(front.metric_name, front.reference),
         points=[_model(facts, point, costs) for point in front.points],
         uniform=[_model(facts, point, costs) for point in front.uniform],
         fp32=_fp32(facts, costs),
         cost_titles=[UNITS[name].title for name in costs],
-        left_out=[record for id, record in facts.finals.items() if id not in points],
+        left_out=_left_out(facts),
         first_cost=facts.unit,
+        any_stopped=any(r.validation is None and r.error is None for r in facts.trials),
         trials=[_trial(facts, record) for record in facts.trials],
         charts=page_charts(facts),
-        script=_script(),
+        script=script(),
         versions=[("Python", platform.python_version()), *((p, version(p)) for p in PACKAGES)],
     )
 
@@ -87,13 +92,31 @@ def _model(facts: Facts, point: Point, costs: list[str]) -> Model:
     return Model(
         id=point.id,
         at=facts.unit.text(facts.cost_of(point)),
-        test=facts.metric_text(point.metric, point.metric_stderr),
+        metric=facts.metric_text(point.metric, point.metric_stderr),
         validation="" if final is None else _evaluation(facts, final.validation),
         costs=tuple(
             "" if value is None else UNITS[name].number(value)
             for name, value in zip(costs, values, strict=True)
         ),
     )
+
+
+def _left_out(facts: Facts) -> list[tuple[str, str]]:
+    """(id, why) of each final model that is not on the front."""
+    front = facts.front
+    if front.split != "test":
+        return []
+    shown = {p.id for p in (*front.points, *front.uniform)}
+
+    def why(record: Record) -> str:
+        if record.error is not None:
+            return record.error
+        over = any(
+            getattr(record.costs, n) > limit * (1 + TOLERANCE) for n, limit in front.budget.items()
+        )
+        return "over the budget" if over else "beaten by others"
+
+    return [(id, why(record)) for id, record in facts.finals.items() if id not in shown]
 
 
 def _fp32(facts: Facts, costs: list[str]) -> Model:
@@ -108,14 +131,14 @@ def _fp32(facts: Facts, costs: list[str]) -> Model:
 
 
 def _trial(facts: Facts, record: Record) -> Trial:
-    found = record.validation
+    found = reached(record)
     return Trial(
         number=int(record.id),
         cost=facts.unit.number(facts.cost_of(record.costs)),
         metric=_evaluation(facts, found),
         loss="" if found is None else f"{found.loss:#.4g}",
         seconds=f"{record.seconds:.1f}",
-        error=record.error or "",
+        state=record.state,
     )
 
 
@@ -124,7 +147,8 @@ def _evaluation(facts: Facts, found: Evaluation | None) -> str:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this folder."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -132,11 +156,11 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 @cache
-def _script() -> Markup:
+def script() -> Markup:
     """Vega, Vega-Lite and Vega-Embed, ready to stand in a <script>."""
     vega_lite = ".".join(SCHEMA_VERSION.split(".")[:2])
     code = vl_convert.javascript_bundle(BUNDLE, vega_lite)

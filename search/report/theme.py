@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import altair as alt
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
+PINK, SKY, YELLOW = "#cc79a7", "#56b4e9", "#e69f00"
 INK, GREY, PALE = "#222222", "#6b6b6b", "#d0d0d0"
 RAMP = ["#a5db36", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#30073f"]
 """Light to dark, one step a bit-width from 2 to 8; also few to many of any other quantity."""
@@ -58,7 +59,6 @@ def number_axis(
 
 def layer_axis(layers: Sequence[str], labels: bool) -> alt.Y:
     """Layers downwards in model order; a long name keeps its end, where names differ."""
-    cut = f"length(datum.label) > {LONGEST_LABEL}"
     axis = alt.Axis(
         title=None,
         labels=labels,
@@ -67,10 +67,16 @@ def layer_axis(layers: Sequence[str], labels: bool) -> alt.Y:
         grid=False,
         labelLimit=0,
         labelFontSize=min(12, row_height(len(layers)) - 1),
-        labelExpr=f"{cut} ? '…' + slice(datum.label, {1 - LONGEST_LABEL}) : datum.label",
+        labelExpr=cut_label(LONGEST_LABEL),
         labelOverlap=False,
     )
     return alt.Y("layer", type="nominal", scale=alt.Scale(domain=list(layers)), axis=axis)
+
+
+def cut_label(longest: int) -> str:
+    """The Vega expression of a label that keeps its end, `longest` characters in all."""
+    cut = f"length(datum.label) > {longest}"
+    return f"{cut} ? '…' + slice(datum.label, {1 - longest}) : datum.label"
 
 
 def finished(chart: Chart, description: str) -> Chart:

@@ -1,7 +1,7 @@
 """How numbers are shown: units of the costs, decimals of the metric, ranges of the axes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 SIGNIFICANT = 4
@@ -45,9 +45,16 @@ UNITS = {
     "average_bits_searched": Unit("the same, searched layers", "bits a searched weight", 1.0, 3),
     "size_bytes": Unit("size in kB", "kB", 1e3, 1),
     "bops": Unit("GBOPs a sample", "GBOPs a sample", 1e9, None),
+    "average_act_bits": Unit("average input bits", "bits an input", 1.0, 3),
     "latency_s": Unit("latency in ms a sample", "ms a sample", 1e-3, None),
 }
 """Cost name (a field of Point) -> its unit. kB are 10³ bytes, GBOPs 10⁹ bit operations."""
+
+
+def reference_text(metric_name: str, reference: Mapping[str, float]) -> str:
+    """The reference point of a hypervolume, like `accuracy 0 and 3.08 bits a weight`."""
+    costs = [unit.limit(reference[name]) for name, unit in UNITS.items() if name in reference]
+    return " and ".join([f"{metric_name} {reference['metric']:.4g}", *costs])
 
 
 def metric_format(stderrs: Iterable[float]) -> str:

@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from wsgiref.util import setup_testing_defaults
 
+import optuna_dashboard
 import pytest
+from optuna.storages import RDBStorage
 
 from adq.cli import main
 from adq.search.config import StudyConfig
@@ -104,7 +107,16 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("resume", "list", "show", "pareto", "sensitivity", "--budget-bits", "--act-bits"):
+    for word in (
+        "resume",
+        "list",
+        "show",
+        "pareto",
+        "compare",
+        "sensitivity",
+        "--budget-bits",
+        "--act-bits",
+    ):
         assert word in done.stdout
 
 
@@ -127,7 +139,7 @@ def test_show_and_list_name_the_study_and_its_best_point(with_study: Terminal) -
     shown = json.loads(with_study("show", "done", "--json").out)
     assert shown["status"] == "finished"
     assert shown["front"] == front
-    assert shown["best"] in {point["id"] for point in front["points"]}
+    assert shown["best"] == front["best"]
     assert json.loads(with_study("list", "--json").out) == [
         {"study": "done", "task": "tiny_task:make_task", "status": "finished"}
     ]
@@ -173,16 +185,136 @@ def test_pareto_of_a_study_given_by_its_path_writes_the_file(with_study: Termina
     assert target.read_bytes() == (path / "front.csv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("results.json", "[]"), ("results.json", "3"), ("front.json", '{"points": [{"id": "x"}]}')],
-)
+@pytest.mark.parametrize("content", ["[]", "3", '{"points": [{"id": "x"}]}', '{"schema": "x/1"}'])
+@pytest.mark.parametrize("name", ["results.json", "front.json"])
 def test_json_of_another_shape_is_no_traceback(
     with_study: Terminal, name: str, content: str
 ) -> None:
     (with_study.folder / "runs/done" / name).write_text(content)
     assert with_study("list").code == 0
-    assert "done" in with_study.refused("pareto", "done")
+    if name == "front.json":
+        assert "front.json" in with_study.refused("pareto", "done")
+    else:
+        assert with_study("pareto", "done").code == 0  # results.json only says that it is finished
+
+
+def test_a_front_of_an_older_version_is_named(with_study: Terminal) -> None:
+    old = {"schema": "adq-front/1", "study": "done", "points": []}
+    (with_study.folder / "runs/done/front.json").write_text(json.dumps(old))
+    for command in ("show", "pareto"):
+        line = with_study.refused(command, "done")
+        assert "expected schema adq-front/2, got 'adq-front/1'" in line
+
+
+def test_pareto_under_tighter_budgets_holds_the_models_within_and_names_the_best(
+    with_study: Terminal,
+) -> None:
+    path = with_study.folder / "runs/done/front.json"
+    data = json.loads(path.read_text())
+    cheap = data["points"][0]
+    dear = cheap | {"id": "dear", "average_bits": 3.49, "validation_metric": 2.0, "weights": None}
+    path.write_text(json.dumps(data | {"points": [cheap, dear]}))
+    limit = str(cheap["average_bits"])
+    done = with_study("pareto", "done", "--budget-bits", limit)
+    front = json.loads(done.out)
+    assert (front["points"], front["best"]) == ([cheap], cheap["id"])
+    assert front["budget"] == {"average_bits": cheap["average_bits"]}
+    assert f"best within these budgets: {cheap['id']}, runs/done/{cheap['weights']}" in done.err
+    done = with_study("pareto", "done", "--budget-size-mb", "1", "--format", "csv")
+    assert len(done.out.splitlines()) == 3
+    assert "best within these budgets: dear, not packed" in done.err
+    assert "no model of study 'done' is within it" in with_study.refused(
+        "pareto", "done", "--budget-gbops", "1e-9"
+    )
+
+
+def another(with_study: Terminal, **changes: object) -> None:
+    """A study `again`, with a front that differs by `changes`."""
+    runs = with_study.folder / "runs"
+    shutil.copytree(runs / "done", runs / "again")
+    path = runs / "again/front.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"study": "again"} | changes))
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "png", "html"])
+def test_compare_prints_the_hypervolumes_and_writes_the_comparison(
+    with_study: Terminal, format: str
+) -> None:
+    another(with_study)
+    target = with_study.folder / f"both.{format}"
+    done = with_study("compare", "done", "runs/again", "--out", str(target))
+    front = json.loads((with_study.folder / "runs/done/front.json").read_text())
+    assert done.code == 0
+    assert done.out.count(f"{front['hypervolume']['value']:.4f}") == 2
+    assert "hypervolumes up to accuracy 0 and 3.85 bits a weight" in done.out
+    content = target.read_bytes()
+    start = {"png": b"\x89PNG", "csv": b"study,id,", "json": b"{", "html": b"<!doctype html>"}
+    assert content.startswith(start[format])
+
+
+def test_compare_as_json_and_in_another_folder(with_study: Terminal) -> None:
+    another(with_study)
+    os.rename(with_study.folder / "runs", with_study.folder / "elsewhere")
+    done = with_study("compare", "done", "again", "--json", "--out", "elsewhere")
+    assert [s["study"] for s in json.loads(done.out)["studies"]] == ["done", "again"]
+
+
+def test_compare_refuses_in_one_line(with_study: Terminal) -> None:
+    another(with_study, task="other")
+    assert "their task differs" in with_study.refused("compare", "done", "again")
+    assert "expected 2 to" in with_study.refused("compare", "done")
+    assert "no study 'nix'" in with_study.refused("compare", "done", "nix")
+    refused = with_study.refused("compare", "done", "again", "--out", "both.pdf")
+    assert "expected a file that ends in .json, .csv, .png, .html, got 'both.pdf'" in refused
+
+
+def test_a_partial_front_is_shown_as_what_it_is(with_study: Terminal) -> None:
+    """As Ctrl-C leaves it: validation metrics, and nothing packed."""
+    path = with_study.folder / "runs/done/front.json"
+    data = json.loads(path.read_text())
+    points = [point | {"weights": None} for point in data["points"]]
+    path.write_text(json.dumps(data | {"split": "validation", "points": points, "uniform": []}))
+    (with_study.folder / "runs/done/results.json").unlink()
+    shown = with_study("show", "done")
+    assert shown.code == 0
+    assert "partial: stopped before the final training, reported on validation" in shown.out
+    assert "validation accuracy" in shown.out
+    assert "not packed" in shown.out
+    assert json.loads(with_study("show", "done", "--json").out)["front"]["split"] == "validation"
+
+
+def test_optuna_dashboard_shows_named_objectives_and_readable_parameters(
+    with_study: Terminal,
+) -> None:
+    folder = with_study.folder / "runs/done"
+    storage = RDBStorage(f"sqlite:///{folder}/study.db")
+    application = optuna_dashboard.wsgi(storage)
+
+    def get(path: str) -> bytes:
+        environ: dict[str, Any] = {}
+        setup_testing_defaults(environ)
+        answers: list[str] = []
+        body = application(environ | {"PATH_INFO": path}, lambda status, *_: answers.append(status))
+        assert answers == ["200 OK"]
+        return b"".join(body)
+
+    (summary,) = json.loads(get("/api/studies"))["study_summaries"]
+    assert summary["study_name"] == "done"
+    study = json.loads(get(f"/api/studies/{summary['study_id']}"))
+    assert study["objective_names"] == ["accuracy", "average_bits"]
+    assert study["directions"] == ["maximize", "minimize"]
+    records = {p.stem: json.loads(p.read_text()) for p in (folder / "trials").iterdir()}
+    assert {f"{trial['number']:04d}" for trial in study["trials"]} == set(records)
+    for trial in study["trials"]:
+        record = records[f"{trial['number']:04d}"]
+        for parameter in trial["params"]:
+            kind, _, layer = parameter["name"].partition(":")
+            assert kind == "weight"
+            assert parameter["param_external_value"] == str(record["bits"]["weight_bits"][layer])
+        assert trial["params"]
+        metric, bits = record["validation"]["metric"], record["costs"]["average_bits"]
+        assert trial["values"] == [metric, bits]
+    storage.engine.dispose()
 
 
 def test_a_text_for_a_number_in_front_json_is_damage(with_study: Terminal) -> None:
@@ -405,7 +537,11 @@ def test_a_damaged_study_is_named_and_left_as_it_is(
     if argument == "resume" and name in ("front.json", "results.json"):
         assert with_study("resume", "done").code == 0  # remade from the records
         return
-    if argument != "resume" and name == "study.db":
+    if (argument, name) in (
+        ("show", "study.db"),
+        ("pareto", "study.db"),
+        ("pareto", "results.json"),
+    ):
         assert with_study(argument, "done").code == 0  # not needed to show a front
         return
     assert "done" in with_study.refused(argument, "done")

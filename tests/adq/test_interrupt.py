@@ -28,9 +28,12 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def stop_when(
-    folder: Path, arguments: list[str], moment: Callable[[Path], bool], how: signal.Signals
+    folder: Path,
+    arguments: list[str],
+    moment: Callable[[Path], bool],
+    *signals: signal.Signals,
 ) -> tuple[int, str]:
-    """Start the command, send it `how` once `moment` has come; its exit code and stderr."""
+    """Start the command, send it the signals once `moment` has come; its exit code and stderr."""
     process = subprocess.Popen(
         [COMMAND, *arguments],
         cwd=folder,
@@ -46,7 +49,9 @@ def stop_when(
             assert process.poll() is None, "it ended before the moment came"
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.send_signal(how)
+        for number, how in enumerate(signals):
+            time.sleep(0.2 * number)  # two at once are one
+            process.send_signal(how)
         _, stderr = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
@@ -59,6 +64,8 @@ def results(study: Path) -> dict[str, Any]:
     for path in sorted([*study.glob("trials/*.json"), *study.glob("final/*.json")]):
         record = json.loads(path.read_text())
         record.pop("seconds")
+        for rung in record["rungs"]:
+            rung.pop("seconds")
         found[str(path.relative_to(study))] = record
     found["front"] = json.loads((study / "front.json").read_text())
     return found
@@ -121,11 +128,52 @@ def test_a_study_killed_at_every_stage_ends_like_an_undisturbed_one(folder: Path
     assert not list((folder / "runs/s").rglob(".*.tmp"))  # what a kill left half-written is gone
 
 
+RUNGS = ["--rungs", "0,1", "--reduction", "2", "--warm-start", "on"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_leaves_its_front_so_far_and_ends_like_an_undisturbed_one(
+    folder: Path, how: signal.Signals
+) -> None:
+    whole = folder / "whole"
+    whole.mkdir()
+    shutil.copy(TESTS / "tiny_task.py", whole)
+    assert run(whole, *OPTIONS, *RUNGS).returncode == 0
+
+    study = folder / "runs/s"
+    fully = count("start/*.safetensors", 2)
+    code, stderr = stop_when(folder, [*OPTIONS, *RUNGS], fully, how)
+    assert code == 130
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith("interrupted: 'adq-search resume s' goes on, and nothing finished")
+    assert last.endswith("the front so far, by validation, is in runs/s/front.json")
+    front = json.loads((study / "front.json").read_text())
+    assert front["split"] == "validation"
+    assert {p["weights"] for p in front["points"]} == {None}
+    assert {p["id"] for p in front["points"]} <= {p.stem for p in study.glob("trials/*.json")}
+    for name in ("front.csv", "front.png"):
+        assert (study / name).stat().st_size > 100
+    assert "searching, " in run(folder, "list").stdout
+    assert json.loads(run(folder, "pareto", "s").stdout) == front
+
+    done = run(folder, "resume", "s")
+    assert done.returncode == 0, done.stderr
+    assert results(study) == results(whole / "runs/s")
+
+
+def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
+    """While the first one's front is being drawn, which takes longer than until the second."""
+    code, _ = stop_when(folder, OPTIONS, trial(2), signal.SIGINT, signal.SIGINT)
+    assert code == -signal.SIGINT
+    assert not (folder / "runs/s/front.png").exists()
+
+
 def test_ctrl_c_says_how_to_go_on_and_a_second_process_is_kept_out(folder: Path) -> None:
     code, stderr = stop_when(folder, OPTIONS, trial(1), signal.SIGINT)
     assert code == 130
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("interrupted: nothing finished is lost")
+    assert stderr.splitlines()[-1].startswith("interrupted: 'adq-search resume s' goes on")
 
     process = subprocess.Popen([COMMAND, "resume", "s"], cwd=folder, stderr=subprocess.DEVNULL)
     try:

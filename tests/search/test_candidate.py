@@ -14,16 +14,19 @@ import tiny_task
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from toy_space import largest, smallest
 
 from adq.proxies.costs import Costs
 from adq.quant.apply import bits_of
 from adq.quant.batches import Batch, Batches
+from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.export.packed import load_packed_, read_metadata
-from adq.quant.qat import Epoch
+from adq.quant.modules import original_weight
+from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector
-from adq.search.candidate import Record, train_candidate
+from adq.search.candidate import Record, Rung, train_candidate
 from adq.search.config import StudyConfig
 from adq.search.problem import Problem, make_problem
 from adq.search.task import Task
@@ -73,6 +76,11 @@ records = st.builds(
     seconds=numbers,
     weights=st.none() | names,
     error=st.none() | names,
+    rungs=st.lists(
+        st.builds(Rung, st.integers(0, 100), st.none() | evaluations, numbers), max_size=3
+    ).map(tuple),
+    parent=st.none() | names,
+    told=st.none() | st.integers(0, 10**6),
 )
 
 
@@ -80,9 +88,14 @@ records = st.builds(
 @given(records)
 def test_a_record_survives_json(record: Record) -> None:
     data = json.loads(json.dumps(record.to_json(), allow_nan=False))
-    assert data["schema"] == "adq-record/1"
+    assert data["schema"] == "adq-record/2"
     assert Record.from_json(data) == record
     assert list(data["bits"]["weight_bits"]) == list(record.bits.weight)  # in the model's order
+
+
+def timeless(record: Record) -> Record:
+    rungs = tuple(replace(rung, seconds=0.0) for rung in record.rungs)
+    return replace(record, seconds=0.0, rungs=rungs)
 
 
 def test_a_candidate_repeats_under_one_seed_and_differs_under_another(
@@ -91,7 +104,7 @@ def test_a_candidate_repeats_under_one_seed_and_differs_under_another(
     def train(seed: int) -> Record:
         seeded = replace(problem, config=replace(problem.config, seed=seed))
         record = train_candidate(seeded, problem.initial_model, bits, id="0007", epochs=2)
-        return replace(record, seconds=0.0)
+        return timeless(record)
 
     torch.manual_seed(1)
     first = train(3)
@@ -128,7 +141,7 @@ def test_random_data_repeats_under_one_seed_in_training_and_evaluation(
         record = train_candidate(
             noisy_problem, problem.initial_model, bits, id="0", epochs=1, final=True
         )
-        return replace(record, seconds=0.0)
+        return timeless(record)
 
     first = train()
     torch.rand(7), random.random(), np.random.rand(3)  # the state moves on
@@ -306,3 +319,63 @@ def test_progress_is_told_epoch_by_epoch(problem: Problem, bits: BitVector) -> N
     )
     assert heard == list(enumerate(record.train_losses))
     assert asdict(record)["train_losses"] == tuple(loss for _, loss in heard)
+
+
+def test_a_candidate_is_one_rung(problem: Problem, bits: BitVector) -> None:
+    record = train_candidate(problem, problem.initial_model, bits, id="0", epochs=1)
+    assert record.rungs == (Rung(1, record.validation, record.seconds),)
+    assert (record.parent, record.told, record.state) == (None, None, "done")
+
+
+def test_the_weights_kept_are_those_under_the_quantizers_and_can_be_started_from(
+    problem: Problem, bits: BitVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fp32 = tmp_path / "0.safetensors", problem.initial_model
+    trained: list[dict[str, torch.Tensor]] = []
+
+    def spy(model: Any, *args: Any, **options: Any) -> list[Epoch]:
+        log = train_(model, *args, **options)
+        layer = model.get_submodule("conv2")
+        trained.append({"conv2": original_weight(layer).detach().clone()})
+        return log
+
+    monkeypatch.setattr("adq.search.candidate.train_", spy)
+    first = train_candidate(problem, fp32, bits, id="0", epochs=1, keep_in=path)
+    kept = load_file(path)
+    assert kept.keys() == fp32.state_dict().keys()
+    assert torch.equal(kept["conv2.weight"], trained[0]["conv2"])
+    assert not torch.equal(kept["conv2.weight"], fp32.state_dict()["conv2.weight"])
+
+    # without training, a model that starts from them is what FP32 weights of these values give
+    plain = copy.deepcopy(fp32)
+    plain.load_state_dict(kept)
+    ranges = problem.input_ranges(fp32)
+    warm = train_candidate(problem, fp32, bits, id="1", epochs=0, start=kept)
+    same = train_candidate(problem, plain, bits, id="1", epochs=0, ranges=ranges)
+    assert timeless(warm) == timeless(same)
+    cold = train_candidate(problem, fp32, bits, id="1", epochs=0)
+    assert first.validation is not None
+    assert warm.validation is not None
+    assert cold.validation is not None
+    assert warm.validation.loss < cold.validation.loss
+
+
+def test_the_teacher_of_a_warm_candidate_is_the_fp32_model(
+    problem: Problem, bits: BitVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = []
+
+    def spy(model: Any, *args: Any, teacher: Any, **options: Any) -> list[Epoch]:
+        teachers.append(teacher)
+        return []
+
+    monkeypatch.setattr("adq.search.candidate.train_", spy)
+    start = {k: v.clone() for k, v in problem.initial_model.state_dict().items()}
+    train_candidate(problem, problem.initial_model, bits, id="0", epochs=1, start=start)
+    assert teachers == [problem.initial_model]
+
+
+def test_a_record_of_another_version_is_refused(problem: Problem, bits: BitVector) -> None:
+    data = train_candidate(problem, problem.initial_model, bits, id="0", epochs=0).to_json()
+    with pytest.raises(InputError, match=r"'adq-record/1', expected 'adq-record/2'.*new study"):
+        Record.from_json(data | {"schema": "adq-record/1"})

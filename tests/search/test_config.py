@@ -17,7 +17,9 @@ from adq.quant.scheme import Scheme
 from adq.search.config import (
     OPTIONS,
     PROXIES,
+    LayerBits,
     StudyConfig,
+    layer_bits,
     make_config,
     option_name,
     read_toml,
@@ -28,6 +30,7 @@ TEXT = ["latency", "task", "model", "weights", "device", "study", "storage", "ou
 WHOLE_FROM = {
     "first_last_bits": 0,
     "trials": 1,
+    "reduction": 2,
     "epochs": 0,
     "final_epochs": 0,
     "fp32_epochs": 0,
@@ -40,6 +43,8 @@ WORDS = {
     "amp": ["auto", "off", "bf16", "fp16"],
     "batchnorm": ["reestimate", "keep"],
     "gradient_checkpoints": ["off", "on"],
+    "sampler": ["adq", "tpe", "nsga2", "nsga3", "gp", "random"],
+    "warm_start": ["off", "on"],
     "weight_quantizer": ["adq", "lsq", "n2uq", "apot", "minmax"],
     "act_quantizer": ["n2uq", "lsq", "pact", "minmax"],
     "codebook_start": ["quantile-lloyd", "quantile", "midpoint", "uniform"],
@@ -56,6 +61,7 @@ NUMBER = [
 LISTS = ["bits", "act_bits"]
 OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
 OPTIONAL += ["fp32_epochs", "study", "storage", "group_size", "start_bits"]
+OPTIONAL += ["layers", "rungs", "time_budget"]
 OPTIONAL += ["dampening", "freeze_above", "budget_latency_ms", "latency", "latency_batch"]
 
 
@@ -82,6 +88,9 @@ def test_every_option_is_in_one_of_the_lists_above() -> None:
             "start_bits",
             "proxies",
             "ties",
+            "layers",
+            "rungs",
+            "time_budget",
         ]
     ) == sorted(OPTIONS)
     assert all(f.metadata["help"] for f in OPTIONS.values())
@@ -207,6 +216,57 @@ def test_ties_are_a_word_or_groups_in_either_form(value: Any, text: str) -> None
     assert StudyConfig(ties=text).ties == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("conv1=8", "conv1=8"),
+        (" conv1 = 8 ,layer4.*=3+2, fc=4+8/8", "conv1=8,layer4.*=2+3,fc=4+8/8"),
+        ("fc=/8+0", "fc=/0+8"),
+        ({"conv1": 8, "layer4.*": [3, 2]}, "conv1=8,layer4.*=2+3"),
+        ({"fc": {"bits": [4, 8], "act-bits": 8}}, "fc=4+8/8"),
+        ({"fc": {"act-bits": [0, 8]}, "a": {"bits": 2}}, "fc=/0+8,a=2"),
+    ],
+)
+def test_layers_are_given_bits_in_either_form(value: Any, text: str) -> None:
+    assert StudyConfig(layers=value).layers == text
+    assert StudyConfig(layers=text).layers == text
+
+
+def test_layers_become_weight_and_input_bits_of_patterns() -> None:
+    assert layer_bits("a.*=2+3,b=/0+8,c=4/8") == [
+        LayerBits("a.*", (2, 3), None),
+        LayerBits("b", None, (0, 8)),
+        LayerBits("c", (4,), (8,)),
+    ]
+    assert StudyConfig().layers is StudyConfig(layers={}).layers is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *[
+            "",
+            "a",
+            "a=",
+            "=2",
+            "a=/",
+            "a=2/",
+            "a=1",
+            "a=9",
+            "a=0",
+            "a=2+2",
+            "a=2,a=3",
+            "a=x",
+            "a=2,",
+        ],
+        *[3, True, [2], ["a=2"], {"a": "2"}, {"a": True}, {"a": []}, {"a": 9}, {"a": {}}],
+        *[{"layer1": {"0": 3}}, {"a": {"bits": 2, "acts": 8}}, {"a,b": 2}, {"a=b": 2}, {"": 2}],
+    ],
+)
+def test_layers_of_another_form_are_refused(bad: Any) -> None:
+    assert "each layer or pattern once with bits" in refused("layers", bad)
+
+
 def test_ties_become_groups_of_names() -> None:
     assert tie_groups("a.conv=a.shortcut,c=d=e") == [["a.conv", "a.shortcut"], ["c", "d", "e"]]
 
@@ -221,6 +281,30 @@ def test_ties_of_another_form_are_refused() -> None:
         assert "at least two layers in a group ('a' is alone)" in refused("ties", alone)
     for twice in ("a=a", "b=a,c=a", [["a", "b"], ["c", "a"]]):
         assert "each layer once ('a' is there twice)" in refused("ties", twice)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45), (45, 45), (0.5, 0.5), ("1e3s", 1000)],
+)
+def test_a_time_is_seconds_or_has_a_unit(given: Any, seconds: float) -> None:
+    assert StudyConfig(time_budget=given).time_budget == seconds
+
+
+def test_what_is_no_time_is_refused() -> None:
+    for bad in ("", "m", "5x", "1h30m", "5ms", "-3m", "0s", "nan", "inf", 0, -1, True, [3], "5 d"):
+        assert "a time like 90s, 30m or 1.5h" in refused("time_budget", bad)
+
+
+def test_rungs_rise_up_to_the_epochs() -> None:
+    assert StudyConfig(rungs="0,1", epochs=3).rungs == (0, 1)
+    assert StudyConfig(rungs=[0, 2], epochs=3).rungs == (0, 2)
+    assert StudyConfig(rungs=1, epochs=2).rungs == (1,)
+    for bad in ("", "1,0", "1,1", "-1", "0.5", [0, "1"], True, (), "a"):
+        assert "rising whole numbers of epochs, like 0,1" in refused("rungs", bad)
+    for epochs in (0, 2):
+        with pytest.raises(InputError, match=f"fewer epochs than --epochs {epochs}, got 2"):
+            StudyConfig(rungs=(0, 2), epochs=epochs)
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "/abs", "a\nb", "a\0b"])
@@ -261,8 +345,11 @@ configs = st.builds(
     act_bits=subsets([0, 2, 3, 4, 8]),
     first_last_bits=st.sampled_from([0, 2, 8]),
     ties=st.sampled_from(["auto", "none", "a=b,c.0=d.1=e", [["a", "b"], ["c", "d"]]]),
+    layers=st.sampled_from([None, "a=8,l.*=2+3/0+8,b=/4", {"a.[0-9]": [2, 4], "b": 3}]),
     trials=st.integers(1, 10**6),
-    epochs=st.integers(0, 10**6),
+    time_budget=st.none() | positive | st.sampled_from(["30m", "1.5h"]),
+    epochs=st.integers(2, 10**6),
+    rungs=st.sampled_from([None, "0,1", (1,)]),
     fp32_epochs=st.none() | st.integers(0, 10**6),
     lr=positive,
     seed=st.integers(0, 10**9),
@@ -303,6 +390,14 @@ def test_a_file_gives_the_fields_it_names(tmp_path: Path) -> None:
         "bits": (2, 4),
         "act_bits": (8,),
     }
+
+
+def test_a_file_gives_bits_of_layers_as_text_or_as_a_table(tmp_path: Path) -> None:
+    table = '[layers]\nconv1 = 8\n"layer4.*" = [2, 3]\n"fc" = { bits = [4, 8], act-bits = [8] }'
+    for text in ('layers = "conv1=8,layer4.*=2+3,fc=4+8/8"', table):
+        assert read_toml(toml(tmp_path, text)) == {"layers": "conv1=8,layer4.*=2+3,fc=4+8/8"}
+    with pytest.raises(InputError, match="key 'layers': expected each layer or pattern once"):
+        read_toml(toml(tmp_path, "[layers]\nlayer1.conv = 8"))  # TOML's own nesting: not quoted
 
 
 def test_a_file_lists_ties_as_text_or_as_lists(tmp_path: Path) -> None:

@@ -178,9 +178,11 @@ def test_the_status_says_how_far_it_is(tmp_path: Path) -> None:
     assert folder.status() == "searching, 2 of 5 trials"
     folder.write_record(FINAL, record("t0000"))
     assert folder.status() == "final training"
-    folder.file("results.json").write_text('{"trials": 5}')
+    folder.file("results.json").write_text('{"trials": 5, "time_budget": null}')
     assert folder.status() == "finished"
     folder.file("results.json").write_text('{"trials": 4}')  # of before the study was extended
+    assert folder.status() == "final training"
+    folder.file("results.json").write_text('{"trials": 5, "time_budget": 60.0}')
     assert folder.status() == "final training"
 
 
@@ -285,6 +287,16 @@ def test_the_number_of_trials_can_be_raised_and_not_lowered(tmp_path: Path) -> N
     assert folder.config.trials == 5  # it only says what would be
     with pytest.raises(InputError, match="trials: study 's' has 5; expected at least as many"):
         folder.extended(4)
+
+
+def test_the_time_budget_can_be_raised_and_not_lowered(tmp_path: Path) -> None:
+    folder = create_study(config(tmp_path, study="s"), nothing)
+    assert folder.extended(None, "1.5h").time_budget == 5400
+    limited = create_study(config(tmp_path, study="t", time_budget="2m"), nothing)
+    assert limited.extended(None, None) == limited.extended(None, 120) == limited.config
+    assert limited.extended(30, "3m") == config(tmp_path, study="t", trials=30, time_budget=180)
+    with pytest.raises(InputError, match=r"time-budget: study 't' has 120 s; .* got 1m"):
+        limited.extended(None, "1m")
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "per%20cent", "a#b", "what?x=1", "é:@"])

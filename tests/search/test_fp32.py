@@ -359,3 +359,22 @@ def test_a_damaged_cache_is_made_again(
 def test_a_training_that_diverges_is_one_line(tmp_path: Path) -> None:
     task = replace(tiny_task.make_task(), loss=lambda outputs, targets: outputs.sum() * torch.nan)
     assert "the training loss became nan" in refused(problem_of(task), folder_in(tmp_path))
+
+
+def test_a_study_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    folder = folder_in(tmp_path, "a")
+    run(problem_of(), folder)
+    facts = json.loads(folder.file("fp32.json").read_text())
+    del facts["options"]
+    folder.file("fp32.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="'a' is of an earlier version: start a new study"):
+        run(problem_of(), folder)
+
+
+def test_options_that_change_no_result_may_change(tmp_path: Path) -> None:
+    folder = folder_in(tmp_path, "a")
+    first = run(problem_of(trials=5), folder)
+    again = run(problem_of(trials=9, time_budget=60, device="cpu", fp32_epochs=3), folder)
+    assert again.validation == first.validation
+    with pytest.raises(InputError, match=r"epochs is 4 and was 3 when the study began"):
+        run(problem_of(epochs=4), folder)

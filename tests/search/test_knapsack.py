@@ -6,8 +6,10 @@ from itertools import accumulate, combinations, product
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from adq.search.knapsack import solve, sweep
+from adq.search.knapsack import budgets, solve, sweep, topped_up
 
 Scores = list[npt.NDArray[np.float64]]
 Terms = list[list[dict[str, int]]]
@@ -108,38 +110,144 @@ def test_equal_scores_give_some_choice_within_the_limits() -> None:
     assert within(terms, {"c": 7}, chosen)
 
 
+def smallest_of(terms: Terms, names: Sequence[str]) -> dict[str, int]:
+    return {name: sum(min(o[name] for o in layer) for layer in terms) for name in names}
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_a_sweep_holds_the_optimum_of_each_of_its_limits(seed: int) -> None:
     scores, terms, limits = instance(seed)
-    smallest = {name: sum(min(o[name] for o in layer) for layer in terms) for name in limits}
-    points = 5
-    found = sweep(scores, terms, limits, smallest, points)
-    assert len({tuple(choice) for choice in found}) == len(found) <= points
+    wanted = [limits, *budgets(limits, limits, smallest_of(terms, list(limits)), 4)]
+    found = sweep(scores, terms, wanted)
+    assert len({tuple(choice) for choice in found}) == len(found) <= len(wanted)
     assert all(within(terms, limits, choice) for choice in found)
-    optima = []
-    for i in range(points, 0, -1):
-        at = {
-            name: smallest[name] + (limit - smallest[name]) * i // points
-            for name, limit in limits.items()
-        }
+    for at in wanted:
         best = best_value(scores, terms, at)
         if best is not None:  # several costs may have no common smallest choice
-            optima.append(best)
-            # the first that is as good: two limits may share a solution
             assert any(
                 within(terms, at, c) and value(scores, c) == pytest.approx(best, abs=1e-9)
                 for c in found
             )
-    assert value(scores, found[0]) == pytest.approx(optima[0], abs=1e-9)
-    assert [value(scores, c) for c in found] == sorted(value(scores, c) for c in found)
+    best = best_value(scores, terms, limits)
+    assert value(scores, found[0]) == pytest.approx(best, abs=1e-9)
+
+
+def test_budgets_go_down_for_each_cost_alone_and_for_all_together() -> None:
+    one = budgets({"a": 110}, {"a": 110}, {"a": 10}, 4)
+    assert one == [{"a": 85}, {"a": 60}, {"a": 35}]
+    two = budgets({"a": 110, "b": 8}, {"a": 110, "b": 8}, {"a": 10, "b": 4}, 2)
+    assert two == [{"a": 60, "b": 8}, {"a": 110, "b": 6}, {"a": 60, "b": 6}]
+    unlimited = budgets({"a": 110}, {"a": 110, "b": 8}, {"a": 10, "b": 4}, 2)
+    assert unlimited == [{"a": 60}, {"a": 110, "b": 6}, {"a": 60, "b": 6}]
+    assert budgets({"a": 110}, {"a": 110}, {"a": 10}, 1) == []
 
 
 def test_a_sweep_finds_the_point_in_a_dent_of_the_front() -> None:
     """Costs 0, 5, 10 at losses 10, 6, 0: the middle lies above the line between the ends, where
     no weighted sum of cost and loss has its minimum."""
     terms = [[{"c": 0}, {"c": 5}, {"c": 10}]]
-    found = sweep([np.array([10.0, 6.0, 0.0])], terms, {"c": 10}, {"c": 0}, 5)
-    assert found == [[2], [1], [0]]
+    wanted = [{"c": 10}, *budgets({"c": 10}, {"c": 10}, {"c": 0}, 5)]
+    assert sweep([np.array([10.0, 6.0, 0.0])], terms, wanted) == [[2], [1], [0]]
+
+
+small = st.integers(0, 6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(small, small), min_size=1, max_size=4), min_size=1, max_size=5),
+    st.integers(0, 30),
+    st.sampled_from([1e-12, 0.1, 1.0, 1e12]),
+)
+def test_one_cost_with_many_ties_is_solved_exactly(
+    layers: list[list[tuple[int, int]]], limit: int, unit: float
+) -> None:
+    scores = [np.array([unit * s for s, _ in layer]) for layer in layers]
+    terms = [[{"c": c} for _, c in layer] for layer in layers]
+    chosen, best = solve(scores, terms, {"c": limit}), best_value(scores, terms, {"c": limit})
+    assert (chosen is None) == (best is None)
+    if chosen is not None:
+        assert within(terms, {"c": limit}, chosen)
+        assert value(scores, chosen) == pytest.approx(best, rel=1e-9, abs=1e-9 * unit)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_scores_in_proportion_to_costs_fill_the_budget_as_well_as_can_be(seed: int) -> None:
+    """Subset sums: the relaxation is the same for every choice and rules none out."""
+    rng = np.random.default_rng(seed)
+    terms = [[{"c": int(n * b)} for b in (2, 3, 5)] for n in rng.integers(1, 10**6, 8)]
+    scores = [np.array([-1e-7 * option["c"] for option in layer]) for layer in terms]
+    least, most = (sum(end(o["c"] for o in la) for la in terms) for end in (min, max))
+    limit = int(rng.integers(least, most))
+    chosen = solve(scores, terms, {"c": limit})
+    assert chosen is not None
+    assert within(terms, {"c": limit}, chosen)
+    best = best_value(scores, terms, {"c": limit})
+    assert value(scores, chosen) == pytest.approx(best, abs=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("coupled", [False, True])
+def test_floors_are_reached_by_the_best_choice_that_does(seed: int, coupled: bool) -> None:
+    scores, terms, limits, pairs = coupled_instance(seed)
+    floors = {name: int(0.8 * limit) for name, limit in limits.items()}
+    choices = [
+        c
+        for c in product(range(3), repeat=len(terms))
+        if within(terms, limits, c)
+        and all(total(terms, c, name) >= floor for name, floor in floors.items())
+    ]
+    used = pairs if coupled else None
+    chosen = solve(scores, terms, limits, used, floors=floors)
+    assert (chosen is not None) == bool(choices)
+    if chosen is not None:
+        assert tuple(chosen) in choices
+        best = min(value(scores, c, used) for c in choices)
+        assert value(scores, chosen, used) == pytest.approx(best, abs=1e-8)
+
+
+def test_a_floor_is_met_to_the_unit_whatever_the_costs() -> None:
+    terms = [[{"c": 0}, {"c": 10**9}, {"c": 10**9 + 1}]]
+    scores = [np.array([0.0, 1.0, 2.0])]
+    assert solve(scores, terms, {"c": 2 * 10**9}, floors={"c": 10**9}) == [1]
+    assert solve(scores, terms, {"c": 2 * 10**9}, floors={"c": 10**9 + 1}) == [2]
+    assert solve(scores, terms, {"c": 2 * 10**9}, floors={"c": 10**9 + 2}) is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_without_time_a_solution_is_within_the_limits_and_pairs_make_none_worse(seed: int) -> None:
+    scores, terms, limits, pairs = coupled_instance(seed)
+    limits = {"a": limits["a"]}
+    linear = solve(scores, terms, limits, seconds=0.0)
+    assert (linear is None) == (best_value(scores, terms, limits) is None)
+    hurried = solve(scores, terms, limits, pairs, seconds=0.0)
+    assert (linear is None) == (hurried is None)
+    if linear is not None and hurried is not None:
+        assert within(terms, limits, linear)
+        assert within(terms, limits, hurried)
+        assert value(scores, hurried, pairs) <= value(scores, linear, pairs)
+    in_time = solve(scores, terms, limits, pairs, seconds=60.0)
+    assert in_time == solve(scores, terms, limits, pairs)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_topping_up_ends_where_no_exchange_is_left(seed: int) -> None:
+    scores, terms, limits, pairs = coupled_instance(seed)
+    scores = [np.round(s) for s in scores]  # ties
+    start = solve(scores, terms, limits)
+    if start is None:
+        return
+    for used in (None, pairs):
+        end = topped_up(scores, terms, limits, start, used)
+        assert within(terms, limits, end)
+        assert value(scores, end, used) <= value(scores, start, used) + 1e-12
+        for name in limits:
+            assert total(terms, end, name) >= total(terms, start, name)
+        for i, o in product(range(len(terms)), range(3)):
+            other = [*end[:i], o, *end[i + 1 :]]
+            more = [total(terms, other, n) - total(terms, end, n) for n in limits]
+            if within(terms, limits, other) and min(more) >= 0 and max(more) > 0:
+                assert value(scores, other, used) > value(scores, end, used) - 1e-12
 
 
 def coupled_instance(seed: int) -> tuple[Scores, Terms, dict[str, int], Pairs]:
@@ -207,12 +315,11 @@ def test_pairs_that_prefer_nothing_change_nothing(constant: float) -> None:
 
 def test_a_sweep_holds_the_quadratic_optimum_of_each_of_its_limits() -> None:
     scores, terms, limits, pairs = coupled_instance(41)
-    smallest = {name: sum(min(o[name] for o in layer) for layer in terms) for name in limits}
-    found = sweep(scores, terms, limits, smallest, 3, pairs)
-    for i in (3, 2, 1):
-        at = {n: smallest[n] + (limit - smallest[n]) * i // 3 for n, limit in limits.items()}
+    wanted = [limits, *budgets(limits, limits, smallest_of(terms, list(limits)), 3)]
+    found = sweep(scores, terms, wanted, pairs)
+    for at in wanted:
         best = best_value(scores, terms, at, pairs)
-        assert any(
+        assert best is None or any(
             within(terms, at, c) and value(scores, c, pairs) == pytest.approx(best, abs=1e-8)
             for c in found
         )

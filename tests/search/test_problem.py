@@ -125,6 +125,17 @@ def test_ties_of_a_layer_that_is_not_there_are_refused() -> None:
     assert "ties: 'bn1' is not a layer that can be quantized" in refused(ties="bn1=conv2")
 
 
+def test_layers_are_given_bits_of_their_own() -> None:
+    problem = problem_of(
+        layers="conv2=3,h*=2+4/8", act_bits=(4, 8), first_last_bits=6, budget_bits=3.5
+    )
+    assert [g.weight for g in problem.space.groups] == [(6,), (3,), (2, 3, 4), (2, 4), (6,)]
+    assert [g.act for g in problem.space.groups] == [(6,), (4, 8), (4, 8), (8,), (6,)]
+    text = refused(layers="convv2=3")
+    assert text.startswith("layers: 'convv2' matches no layer that can be quantized; did you mean")
+    assert "leaves nothing to search" in refused(layers="*=4")
+
+
 def test_tied_inputs_start_from_ranges_of_their_own() -> None:
     task = replace(tiny_task.make_task(), model=Residual)
     problem = problem_of(task, act_bits=(4, 0), ties="conv3=hidden", first_last_bits=0)

@@ -23,7 +23,7 @@ from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation
 from adq.quant.files import write_json, write_text
 from adq.quant.spec import BitVector
-from adq.search.candidate import Record
+from adq.search.candidate import Record, Rung
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name
 from adq.search.folder import FINAL, TRIALS, StudyFolder
 from adq.search.front import Front, Point, point_of
@@ -124,15 +124,17 @@ def make_study(
     for kind, records in ((TRIALS, trials), (FINAL, finals + uniform)):
         for each in records:
             folder.write_record(kind, each)
-    points = tuple(point_of(r) for r in finals)
+    split = more.get("split", "test")
+    points = tuple(point_of(r, split) for r in more.get("points", finals))
     front = Front(
         study="nasty",
         task=CONFIG.task,
         metric_name=more.get("metric_name", "accuracy"),
         fp32_metric=fp32.metric,
+        budget=more.get("config", CONFIG).budget.limits(),
         points=points,
-        best=points[-1],
         uniform=tuple(point_of(r) for r in uniform),
+        split=split,
         folder=str(folder.path),
     )
     return Study(folder, front, trials)
@@ -165,7 +167,7 @@ def usual(root: Path, **more: Any) -> Study:
         record("uniform-4", [4] * 5, 0.96, 0.9611111),
     ]
     made = make_study(root, trials, finals, uniform, **more)
-    made.folder.write_record(FINAL, record("t0003", [4] * 5, 0.9, 0.91))  # dominated
+    made.folder.write_record(FINAL, record("t0003", [2, 2, 2, 4, 4], 0.9, 0.91))  # dominated
     made.folder.write_record(FINAL, record("t0005", [4, 2, 2, 2, 2], None))
     return made
 
@@ -253,9 +255,11 @@ def test_front_csv_read_back_is_the_points(study: Study) -> None:
     for row, point in zip(rows, in_json, strict=True):
         for name in ("metric", "metric_stderr", "average_bits", "average_bits_searched"):
             assert float(row.pop(name)) == point[name]
-        for name in ("size_bytes", "bops", "seed"):
+        for name in ("size_bytes", "bops", "seed", "samples"):
             assert row.pop(name) == str(point[name])
-        assert row.pop("latency_s") == ""
+        for name in ("validation_metric", "validation_loss", "average_act_bits"):
+            assert float(row.pop(name)) == point[name]
+        assert (row.pop("latency_s"), row.pop("split")) == ("", "test")
         assert (row.pop("id"), row.pop("weights")) == (point["id"], point["weights"])
         wanted = {f"weight_bits:{layer}": str(b) for layer, b in point["weight_bits"].items()}
         assert row == wanted | {f"act_bits:{la}": str(b) for la, b in point["act_bits"].items()}
@@ -264,10 +268,11 @@ def test_front_csv_read_back_is_the_points(study: Study) -> None:
 def test_front_csv_leaves_fp32_inputs_empty_and_writes_a_latency_with_all_digits(
     study: Study,
 ) -> None:
-    point = replace(study.front.best, act_bits={LAYERS[0]: 4}, latency_s=0.1 + 0.2)
+    point = replace(study.front.best, act_bits={LAYERS[0]: 4}, latency_s=0.1 + 0.2, weights=None)
     text = render(study.folder, replace(study.front, points=(point,)), "csv").decode()
     (row,) = csv.DictReader(io.StringIO(text))
     assert float(row["latency_s"]) == 0.1 + 0.2
+    assert row["weights"] == ""
     assert [row[f"act_bits:{layer}"] for layer in LAYERS] == ["4", "", "", "", ""]
 
 
@@ -336,9 +341,15 @@ def test_every_model_is_in_the_table_with_its_numbers(study: Study, page: Page) 
     assert page.row("FP32")[1:4] == ["0.9876 ± 0.0031", "0.9911 ± 0.0042", "32"]
 
 
-def test_final_models_that_are_not_on_the_front_are_named_with_the_reason(page: Page) -> None:
+def test_final_models_that_are_not_on_the_front_are_named_with_the_reason(
+    study: Study, page: Page
+) -> None:
     assert "t0003 (beaten by others)" in page.texts["p"]
     assert f"t0005 ({ERROR})" in page.texts["p"]
+    front = study.front.within({"average_bits": 2.6})
+    tighter = Page(render(study.folder, front, "html").decode())
+    assert "t0004 (over the budget)" in tighter.texts["p"]
+    assert "with at most 2.6 bits a weight and 300 kB" in tighter.texts["p"]
     assert not [row for row in page.rows if row and row[0].startswith(("t0003", "t0005"))]
 
 
@@ -357,13 +368,14 @@ def test_every_trial_is_in_the_table_with_its_numbers(study: Study, page: Page) 
 
 def test_the_front_chart_holds_every_model_and_its_axes_hold_every_bar(page: Page) -> None:
     spec = page.specs["front-spec"]
-    drawn = {row["point"]: row for row in data_of(spec) if "point" in row}
+    above = spec["vconcat"][0]
+    drawn = {row["point"]: row for row in data_of(spec) if "metric_text" in row}
     assert {id: (r["cost"], r["metric"]) for id, r in drawn.items()} == USUAL
     assert [id for id, r in drawn.items() if "best" in r["kind"]] == ["t0008"]
     assert {r["metric"] for r in data_of(spec) if "FP32" in str(r.get("name"))} == {0.9876}
     assert {r["cost"] for r in data_of(spec) if "budget" in str(r.get("name"))} == {3.25}
-    ((left, right),) = domains(spec, "x")
-    ((low, high),) = domains(spec, "y")
+    ((left, right),) = domains(above, "x")
+    ((low, high),) = domains(above, "y")
     assert left < min(2.0, 3.25)
     assert right > max(4.0, 3.25)
     for row in drawn.values():
@@ -371,6 +383,40 @@ def test_the_front_chart_holds_every_model_and_its_axes_hold_every_bar(page: Pag
         assert row["metric"] - row["low"] == pytest.approx(0.0042)
         assert low < row["low"] < row["high"] < high
     assert low < 0.9876 < high
+
+
+def test_the_model_under_the_pointer_shows_its_bits(study: Study, page: Page) -> None:
+    """Without a browser: what is selected at first, on what, and the rows that it chooses from."""
+    spec = page.specs["front-spec"]
+    (pointed,) = spec["params"]
+    assert pointed["value"] == [{"point": "t0008"}]
+    assert pointed["select"]["fields"] == ["point"]
+    assert pointed["select"]["on"].startswith("pointerover")
+    models = next(c for c in charts_in(spec) if c.get("name") == pointed["views"][0])
+    ids = [row["point"] for row in spec["datasets"][models["data"]["name"]]]
+    assert ids == ["t0001", "t0004", "t0008"]
+    filtered = [c for c in charts_in(spec["vconcat"][1]) if "transform" in c]
+    assert all(c["transform"][0]["filter"]["param"] == pointed["name"] for c in filtered)
+    bars, names = (spec["datasets"][c["data"]["name"]] for c in filtered)
+    assert {(row["point"], row["layer"]): row["bits"] for row in bars} == {
+        (point.id, layer): bits
+        for point in (*study.front.points, *study.front.uniform)
+        for layer, bits in point.weight_bits.items()
+    }
+    assert {row["point"]: row["name"] for row in names}["t0004"] == "t0004: 2.800 bits a weight"
+
+
+def test_the_page_and_the_chart_name_the_knee_and_the_hypervolume(study: Study, page: Page) -> None:
+    assert study.front.knee == study.front.points[1]
+    kinds = {
+        row["point"]: row["kind"] for row in data_of(page.specs["front-spec"]) if "kind" in row
+    }
+    assert kinds["t0004"] == "knee, t0004"
+    assert kinds["t0001"] == "front"
+    assert page.texts["p"].count("bends most") == 1
+    volume = f"{study.front.hypervolume():.4f}"
+    reference = "accuracy 0 and 3.575 bits a weight and 330 kB"
+    assert f"Its hypervolume is {volume}, up to {reference}" in page.texts["/strong"]
 
 
 def test_the_bits_chart_holds_every_cell_in_model_order(study: Study, page: Page) -> None:
@@ -449,6 +495,34 @@ def test_the_history_holds_every_trial_and_a_slow_running_best(study: Study, pag
     assert low < 0.89 < 0.97 < high
 
 
+def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
+    """A search that was stopped: validation metrics of trials, no final model, nothing packed."""
+    short = replace(record("0003", [2] * 5, None), error=None, epochs=1)
+    trials = [
+        record("0000", [2, 2, 2, 4, 2], 0.90),
+        record("0001", [2, 4, 4, 2, 2], 0.95),
+        record("0002", [4, 4, 2, 4, 4], None),
+        replace(short, rungs=(Rung(1, evaluation(0.85), 2.5),)),
+    ]
+    made = make_study(tmp_path, trials, [], [], points=trials[:2], split="validation")
+    write_report(made.folder, made.front)
+    data = json.loads(made.folder.file("front.json").read_text())
+    assert (data["split"], data["best"]) == ("validation", "0001")
+    (first, second) = csv.DictReader(io.StringIO(made.folder.file("front.csv").read_text()))
+    assert (first["split"], first["weights"], second["metric"]) == ("validation", "", "0.95")
+    assert made.folder.file("front.png").read_bytes().startswith(b"\x89PNG")
+    page = made.page
+    assert "A partial front:" in page.texts["strong"]
+    assert page.row("0001 (best)")[1:3] == ["0.9500 ± 0.0042", "2.800"]
+    assert page.row("FP32")[1:3] == ["0.9911 ± 0.0042", "32"], "on validation, as the points are"
+    assert not any("test" in cell for row in page.rows for cell in row)
+    assert page.row("3")[2] == "0.8500 ± 0.0042"
+    assert page.row("3")[-1] == "stopped after 1 epochs"
+    drawn = data_of(page.specs["history-spec"])
+    assert [(r["trial"], r["metric"]) for r in drawn if "state" in r] == [(3, 0.85)]
+    assert [r["trial"] for r in drawn if "error" in r] == [2]
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -516,8 +590,9 @@ def test_a_single_point_without_uniform_models_is_a_whole_report(tmp_path: Path)
     assert page.row("t0000 (best)")[1] == "-1.5 ± 0"
     assert "uniform" not in page.texts["p"]
     assert ["model", "test log-likelihood <x>"] in [row[:2] for row in page.rows]
-    ((left, right),) = domains(page.specs["front-spec"], "x")
-    ((low, high),) = domains(page.specs["front-spec"], "y")
+    above = page.specs["front-spec"]["vconcat"][0]
+    ((left, right),) = domains(above, "x")
+    ((low, high),) = domains(above, "y")
     assert left < 9.123 * 2 < 300 < right, "kB, with the budget of 0.3 MB"
     assert low < -1.5 < -0.75 < high
     ((low, high),) = domains(page.specs["history-spec"], "y")
@@ -535,7 +610,7 @@ def test_a_latency_gets_a_column_and_a_uniform_twin_its_validation_metric(tmp_pa
     made = usual(tmp_path)
     best = replace(made.front.best, latency_s=0.00123456)
     twin = replace(made.front.points[0], id="uniform-3")
-    front = replace(made.front, points=(*made.front.points[:2], best), best=best, uniform=(twin,))
+    front = replace(made.front, points=(*made.front.points[:2], best), uniform=(twin,))
     page = replace(made, front=front).page
     assert page.row("t0008 (best)")[-1] == "1.235"
     assert page.row("uniform-3")[2] == page.row("t0001")[2] == "0.9312 ± 0.0042"

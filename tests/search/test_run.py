@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import optuna
 import pytest
 import tiny_task
 import torch
+from optuna.storages import RDBStorage
 from safetensors.torch import load_file
 
+from adq.quant.batches import threads
 from adq.quant.errors import InputError
 from adq.quant.evaluate import accuracy, evaluate
 from adq.quant.export.packed import load_packed_
@@ -22,9 +25,10 @@ from adq.quant.files import write_json
 from adq.quant.spec import BitVector
 from adq.search import fp32, run, sensitivity
 from adq.search.config import StudyConfig
-from adq.search.folder import FINAL, MODELS, TRIALS, StudyFolder, open_study
+from adq.search.folder import FINAL, MODELS, START, TRIALS, StudyFolder, open_study
 from adq.search.front import Front, Point
 from adq.search.observer import Observer
+from adq.search.problem import make_problem
 from adq.search.run import load_front, resume, start
 from adq.search.task import Task
 
@@ -52,6 +56,7 @@ class Listener(Observer):
         self.stages: list[tuple[str, int, list[str]]] = []
         self.bests: list[str] = []
         self.messages: list[str] = []
+        self.more: list[str] = []
 
     def stage(self, name: str, total: int) -> None:
         self.stages.append((name, total, []))
@@ -61,6 +66,9 @@ class Listener(Observer):
 
     def best(self, text: str) -> None:
         self.bests.append(text)
+
+    def note(self, text: str) -> None:
+        self.more.append(text)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -129,7 +137,7 @@ def test_every_promised_file_is_there(study: Study) -> None:
     path = study.folder.path
     promised = ["study.toml", "study.db", "fp32.safetensors", "fp32.json", "sensitivity.json"]
     promised += ["sensitivity.csv", "front.json", "best.safetensors", "best.bits.json"]
-    promised += ["results.json", TRIALS, FINAL, MODELS]
+    promised += ["results.json", "clock.json", TRIALS, FINAL, MODELS]
     assert {p.name for p in path.iterdir()} - {"lock"} == set(promised)
     assert {p.name for p in (path / TRIALS).iterdir()} == {f"{i:04d}.json" for i in range(8)}
     finals = {p.stem for p in (path / FINAL).iterdir()}
@@ -142,15 +150,20 @@ def test_every_promised_file_is_there(study: Study) -> None:
 
 def test_front_json_has_the_schemas_keys_and_no_others(any_study: Study) -> None:
     data = json.loads(any_study.folder.file("front.json").read_text())
-    assert set(data) == {"schema", "study", "task", "metric_name", "fp32_metric", "points"}
-    assert data["schema"] == "adq-front/1"
+    assert set(data) == {
+        "schema", "study", "task", "split", "metric_name", "fp32_metric", "budget", "best", "knee",
+        "hypervolume", "points", "uniform",
+    }  # fmt: skip
+    assert data["schema"] == "adq-front/2"
     assert data["study"] == "s"
     assert data["task"] == "tiny_task:make_task"
+    assert data["split"] == "test"
     assert data["metric_name"] == "accuracy"
     for point in data["points"]:
         assert set(point) == {
-            "id", "metric", "metric_stderr", "average_bits", "average_bits_searched", "size_bytes",
-            "bops", "latency_s", "weight_bits", "act_bits", "seed", "weights",
+            "id", "metric", "metric_stderr", "samples", "validation_metric", "validation_loss",
+            "average_bits", "average_bits_searched", "average_act_bits", "size_bytes", "bops",
+            "latency_s", "weight_bits", "act_bits", "seed", "weights",
         }  # fmt: skip
     assert data["points"] == [asdict(p) for p in any_study.front.points]
 
@@ -206,8 +219,9 @@ def raw(study: Study, kind: str) -> dict[str, dict[str, Any]]:
     """The records as they are on disk, without the seconds."""
     found = {}
     for path in sorted((study.folder.path / kind).glob("*.json")):
-        found[path.stem] = json.loads(path.read_text())
-        assert found[path.stem].pop("seconds") > 0
+        found[path.stem] = record = json.loads(path.read_text())
+        seconds = [rung.pop("seconds") for rung in record["rungs"]]
+        assert record.pop("seconds") == sum(seconds) > 0
     return found
 
 
@@ -312,7 +326,10 @@ def test_progress_comes_in_stages_of_as_many_steps_as_announced(study: Study) ->
     assert [total for _, total, _ in heard.stages] == [len(notes) for _, _, notes in heard.stages]
     assert len(heard.notes("FP32 model")) == 3 + 1  # epochs and the evaluation
     assert len(heard.notes("search")) == 8
-    assert heard.messages == [f"study s in {study.folder.path}"]
+    assert heard.messages == [
+        f"study s in {study.folder.path}",
+        "the search ends: 8 trials are done",
+    ]
     losses = []  # what is called best only ever gets better
     for text in heard.bests:
         metric, loss = (
@@ -559,7 +576,7 @@ def test_a_trial_that_was_recorded_and_not_told_is_counted_once(
     tmp_path: Path, undisturbed: Study
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, optuna.Study, "tell", 2, after=False)
+        stop_at(patch, RDBStorage, "set_trial_state_values", 2, after=False)
         with pytest.raises(Stop):
             study_in(tmp_path, **INTERRUPTED)
     folder, heard = open_study(tmp_path, "s"), Listener()
@@ -594,6 +611,7 @@ def test_more_trials_extend_a_finished_study_without_repeating_one(
     assert found.folder.status() == "finished"
     heard = Listener()
     front = resume(found.folder, tiny_task.make_task(), heard, trials=8)
+    assert heard.messages == ["the search ends: 8 trials are done"]
     after = raw(found, TRIALS)
     assert list(after) == [f"{i:04d}" for i in range(8)]
     assert {id: after[id] for id in before} == before
@@ -718,13 +736,173 @@ def test_an_error_of_the_users_code_is_one_line_and_the_study_can_go_on(
     assert resume(folder, task) == undisturbed.front
 
 
-@pytest.mark.parametrize("name", ["front.json", "results.json"])
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"best": "nobody"}'])
-def test_a_damaged_front_is_one_line(
-    undisturbed: Study, tmp_path: Path, name: str, content: str
-) -> None:
+def test_a_damaged_front_is_one_line(undisturbed: Study, tmp_path: Path, content: str) -> None:
     shutil.copytree(undisturbed.folder.path, tmp_path / "s")
-    (tmp_path / "s" / name).write_text(content)
+    (tmp_path / "s" / "front.json").write_text(content)
     with pytest.raises(InputError, match="damaged") as error:
         load_front(StudyFolder(tmp_path / "s"))
     assert "\n" not in str(error.value)
+
+
+LADDER = {"trials": 7, "epochs": 1, "rungs": (0,), "reduction": 2, "final_epochs": 0}
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """With rungs, and candidates that start from others' weights."""
+    return study_in(tmp_path_factory.mktemp("ladder"), **LADDER, warm_start="on")
+
+
+def test_a_ladder_trains_fully_what_its_first_rung_favours(ladder: Study) -> None:
+    records = ladder.folder.records(TRIALS)
+    assert [r.rungs[0].epochs for r in records] == [0] * 7
+    full = [r for r in records if r.validation is not None]
+    assert 2 <= len(full) < 7
+    assert all(r.epochs == 1 and len(r.rungs) == len(r.train_losses) + 1 == 2 for r in full)
+    assert {p.id for p in ladder.front.points} <= {f"t{r.id}" for r in full}
+    heard = ladder.heard
+    assert len(heard.notes("search")) == 7
+    assert all("after 0 epochs: accuracy" in note for note in heard.notes("search"))
+    assert len(heard.more) == len(full)
+    assert [text[:5] for text in heard.more] == [
+        f"{r.id}:" for r in sorted(full, key=lambda r: r.told or 0)
+    ]
+
+
+def test_a_warm_candidate_is_trained_from_its_parents_weights(ladder: Study) -> None:
+    folder = ladder.folder
+    records = {r.id: r for r in folder.records(TRIALS)}
+    full = {id for id, r in records.items() if r.validation is not None}
+    assert {p.stem for p in folder.file(START).iterdir()} == full
+    problem = make_problem(folder.config, tiny_task.make_task())
+    fp32_weights = tiny_task.TinyNet()
+    fp32_weights.load_state_dict(load_file(folder.file("fp32.safetensors")))
+    warm = [id for id in sorted(full) if records[id].parent is not None]
+    assert warm
+    for id in warm:
+        record = records[id]
+        start = load_file(folder.file(START) / f"{record.parent}.safetensors")
+        with threads(problem.threads):
+            again = run.train_candidate(
+                problem, fp32_weights.eval(), record.bits, id=id, epochs=1, start=start
+            )
+        assert again.validation == record.validation
+        assert again.train_losses == record.train_losses
+
+
+def test_a_study_with_rungs_and_warm_starts_goes_on_wherever_it_stopped(
+    ladder: Study, tmp_path: Path
+) -> None:
+    calls = len(ladder.heard.notes("search")) + len(ladder.heard.more)
+    task, folder, options = tiny_task.make_task(), StudyFolder(tmp_path / "s"), LADDER.copy()
+    options["warm_start"] = "on"
+    for call in range(1, calls + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, run, "train_candidate", 2, after=call % 2 == 0)
+            with pytest.raises(Stop):
+                resume(folder, task) if folder.path.exists() else study_in(tmp_path, **options)
+    assert resume(folder, tiny_task.make_task()) == ladder.front
+    again = Study(folder, ladder.front, Listener())
+    assert raw(again, TRIALS) == raw(ladder, TRIALS)
+    assert raw(again, FINAL) == raw(ladder, FINAL)
+
+
+def test_lost_weights_that_another_trial_starts_from_are_named(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, run, "train_candidate", 2, after=False)
+        with pytest.raises(Stop):
+            study_in(tmp_path, **QUICK, warm_start="on")
+    folder = open_study(tmp_path, "s")
+    (folder.file(START) / "0000.safetensors").unlink()
+    with pytest.raises(InputError, match=r"start/0000\.safetensors, .* is missing or damaged"):
+        resume(folder, tiny_task.make_task())
+
+
+@pytest.mark.parametrize(
+    ("call", "points"),
+    [(1, 0), (3, 2), (5, 4)],  # in the first trial, in the third, in final training
+)
+def test_ctrl_c_writes_the_front_so_far_and_the_study_goes_on(
+    tmp_path: Path,
+    undisturbed: Study,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+    points: int,
+) -> None:
+    monkeypatch.setattr(run, "train_candidate", graded(lambda id: 1))  # every trial is on the front
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, run, "train_candidate", call, after=False)
+        patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
+        with pytest.raises(run.Interrupted, match="'adq-search resume s' goes on") as stopped:
+            study_in(tmp_path, **INTERRUPTED)
+    folder = open_study(tmp_path, "s")
+    assert folder.status() != "finished"
+    assert folder.file("front.json").exists() == (points > 0)
+    records = {r.id: r for r in folder.records(TRIALS)}
+    assert len(records) == min(call - 1, 4)
+    if points:
+        assert str(folder.file("front.json")) in str(stopped.value)
+        front = load_front(folder)
+        assert front.split == "validation"
+        assert {p.id for p in front.points} <= set(records)
+        for point in front.points:
+            found = records[point.id].validation
+            assert found is not None
+            assert (point.metric, point.samples) == (found.metric, 300)
+            assert point.weights is None
+        fp32_facts = json.loads(folder.file("fp32.json").read_text())
+        assert front.fp32_metric == fp32_facts["validation"]["metric"]
+    calm = study_in(tmp_path / "calm", **INTERRUPTED)
+    assert resume(folder, tiny_task.make_task()) == calm.front
+    assert folder.file("front.json").read_bytes() == calm.folder.file("front.json").read_bytes()
+
+
+def test_ctrl_c_in_a_study_that_is_extended_keeps_the_earlier_front(tmp_path: Path) -> None:
+    found = study_in(tmp_path, **QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, run, "train_candidate", 2, after=False)
+        patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
+        with pytest.raises(run.Interrupted, match="the front of before stays"):
+            resume(found.folder, tiny_task.make_task(), trials=8)
+    assert load_front(found.folder) == found.front
+    assert found.folder.status() == "final training"
+
+
+def test_an_option_that_was_edited_is_refused(tmp_path: Path) -> None:
+    found = study_in(tmp_path, **QUICK)
+    path = found.folder.file("study.toml")
+    text = path.read_text()
+    for old, new, name in (
+        ("lr = 0.0001", "lr = 0.001", "lr is 0.001 and was 0.0001"),
+        ("seed = 1", "seed = 2", "seed is 2 and was 1"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=name):
+            resume(found.folder, tiny_task.make_task())
+    path.write_text(text.replace('device = "auto"', 'device = "cpu"'))
+    assert resume(found.folder, tiny_task.make_task()) == found.front
+
+
+def test_a_time_budget_ends_the_search_and_more_time_goes_on_with_it(tmp_path: Path) -> None:
+    found = study_in(tmp_path, **QUICK | {"time_budget": 1e-3})
+    assert len(found.folder.records(TRIALS)) == 1
+    assert "the search ends after 1 trials: final training takes about" in found.heard.messages[-1]
+    assert found.folder.status() == "finished"
+    assert resume(found.folder, tiny_task.make_task()) == found.front
+    with pytest.raises(InputError, match=r"time-budget: study 's' has 0.001 s"):
+        resume(found.folder, tiny_task.make_task(), time_budget=1e-4)
+    heard = Listener()
+    resume(found.folder, tiny_task.make_task(), heard, time_budget="2h")
+    assert found.folder.config.time_budget == 7200
+    assert len(found.folder.records(TRIALS)) == 3
+    assert heard.messages == ["the search ends: 3 trials are done"]
+
+
+def test_records_of_an_earlier_version_are_refused_in_one_line(tmp_path: Path) -> None:
+    found = study_in(tmp_path, **QUICK)
+    path = found.folder.record_path(TRIALS, "0001")
+    path.write_text(path.read_text().replace("adq-record/2", "adq-record/1"))
+    with pytest.raises(InputError, match=r"0001\.json cannot be used: .*version.*a new study") as e:
+        resume(found.folder, tiny_task.make_task())
+    assert "\n" not in str(e.value)

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_space import (
     all_points,
     fits_by_hand,
@@ -216,3 +218,88 @@ def test_the_first_seed_of_a_tied_space_is_the_best_of_all_its_points(
     for options in seeds:
         assert fits_by_hand(SIZES, limits, options)
         assert all(len({options[int(name[1:])] for name in tie}) == 1 for tie in ties)
+
+
+bit_lists = st.sets(st.sampled_from([2, 3, 4, 6, 8]), min_size=1, max_size=3).map(sorted)
+layer_sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_seed_exceeds_a_budget_and_the_full_budget_is_met_where_any_point_meets_it(
+    data: st.DataObject,
+) -> None:
+    """Spaces of up to 4 layers; scores of every scale; budgets within reach, but of no particular
+    point; what points there are is enumerated."""
+    sizes = data.draw(st.lists(layer_sizes, min_size=3, max_size=4))
+    act = data.draw(st.sampled_from([(8,), (4, 8), (0, 4)]))
+    ties = data.draw(st.sampled_from([(), [("l0", "l2")], [("l1", "l2")]]))
+    text = data.draw(st.sampled_from([None, "l1=2+5", "l[12]=3+7/8", "l0=4"]))
+    space, costs = toy_space(
+        sizes, data.draw(bit_lists), act, data.draw(st.sampled_from([0, 8])), ties, text or ""
+    )
+    vectors = [spread(space, point) for point in all_points(space)]
+    reached = [totals_by_hand(sizes, v) for v in vectors]
+    named = st.sampled_from(["average_bits", "size_bytes", "bops"])
+    names = sorted(data.draw(st.sets(named, min_size=1, max_size=3)))
+    corner = data.draw(st.sampled_from(reached))
+    limits = {name: corner[name] + data.draw(st.integers(0, 40)) for name in names}
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    scale = data.draw(st.sampled_from([1e-12, 1.0, 1e12]))
+    found = toy_sensitivity(space, rng, act_bits=(4, 5, 8))
+    assert found.act is not None
+    weight, inputs = (replace(t, score=scale * t.score) for t in (found.weight, found.act))
+    scaled = replace(found, weight=weight, act=inputs)
+
+    points = make_seeds(space, costs, limits, [scaled], 12)
+    seeds = [spread(space, point) for point in points]
+    assert seeds
+    assert all(fits_by_hand(sizes, limits, s) for s in seeds)
+    fitting = [v for v in vectors if fits_by_hand(sizes, limits, v)]
+
+    def loss(options: list[Option]) -> float:
+        total = 0.0
+        for i, (w, a) in enumerate(options):
+            total += repaired(weight, f"l{i}", w)
+            total += INPUT_WEIGHT * repaired(inputs, f"l{i}", a) if a else 0.0
+        return total
+
+    assert loss(seeds[0]) == pytest.approx(min(map(loss, fitting)), rel=1e-7, abs=1e-8 * scale)
+    margins = {n: 0.002 * (max(r[n] for r in reached) - min(r[n] for r in reached)) for n in names}
+    margins["average_bits"] = 0.01 * sum(out * into for out, into, _ in sizes)
+    for name, limit in limits.items():
+
+        def meets(v: list[Option], name: str = name, limit: int = limit) -> bool:
+            return limit - totals_by_hand(sizes, v)[name] <= margins[name]
+
+        there = [v for v in fitting if meets(v)]
+        if there:
+            best = min(map(loss, there))
+            among = [loss(s) for s in seeds[: 1 + len(limits)] if meets(s)]
+            assert among  # seeds that use up this budget come first
+            assert min(among) == pytest.approx(best, rel=1e-7, abs=1e-8 * scale)
+
+
+def test_input_bits_are_swept_where_only_weights_have_a_budget() -> None:
+    space, costs = toy_space(SIZES, (2, 4), (2, 4, 8))
+    found = toy_sensitivity(space, np.random.default_rng(5), act_bits=(2, 4, 8))
+    limits = {"average_bits": totals_by_hand(SIZES, space.uniform(4))["average_bits"]}
+    seeds = make_seeds(space, costs, limits, [found], 12)
+    inputs = {tuple(a for _, a in point) for point in seeds}
+    assert len(inputs) == 3
+
+
+def test_the_budget_is_used_up_though_more_bits_score_worse_by_an_interaction() -> None:
+    """The best point leaves room; the next one takes it."""
+    space, costs = toy_space(SIZES, (2, 4))
+    names = space.layers
+    flat = Table(names, (2, 4), np.zeros((len(names), 2)), np.zeros((len(names), 2)))
+    value = np.zeros((len(names), 2) * 2)
+    value[0, 1, 1, 1] = value[1, 1, 0, 1] = 1.0
+    pairs = Interactions(names, (2, 4), value, np.zeros_like(value))
+    limits = {"average_bits": totals_by_hand(SIZES, space.uniform(4))["average_bits"]}
+    first, second, *_ = make_seeds(
+        space, costs, limits, [Sensitivity("loss", flat, None, 2, 0.0, pairs=pairs)], 4
+    )
+    assert first in ([(2, 8), *[(4, 8)] * 3], [(4, 8), (2, 8), (4, 8), (4, 8)])
+    assert second == [(4, 8)] * 4

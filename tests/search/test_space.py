@@ -1,10 +1,15 @@
 """The search space: what is pinned, what is free, and both ways of writing a point."""
 
+from collections.abc import Sequence
+
 import pytest
 from toy_space import all_points, largest, smallest, spread, totals_by_hand, toy_layers, toy_space
 
+from adq.quant.errors import InputError
+from adq.quant.layers import LayerInfo
 from adq.quant.spec import BitVector
-from adq.search.space import Choices, Space, act_order, make_space, option_terms
+from adq.search.config import layer_bits
+from adq.search.space import Choices, Space, act_order, make_space, objectives, option_terms
 
 FOUR = [(2, 3, 1), (4, 2, 5), (3, 4, 2), (2, 3, 1)]
 
@@ -105,6 +110,88 @@ def test_option_terms_add_up_to_the_costs_of_a_bit_vector() -> None:
         ]
         summed = {name: sum(term[name] for term in picked) for name in picked[0]}
         assert summed == costs.totals(space.bit_vector(point))
+
+
+def given(text: str, first_last: int = 8, ties: Sequence[Sequence[str]] = ()) -> Space:
+    return make_space(toy_layers(FIVE), (2, 4), (4, 8), first_last, ties, layer_bits(text))
+
+
+def test_layers_are_given_choices_by_name_and_pattern() -> None:
+    space = given("l1=3,l[23]=2+6/8,l4=/0+4")
+    assert [g.weight for g in space.groups] == [(8,), (3,), (2, 6), (2, 6), (8,)]
+    assert [g.act for g in space.groups] == [(8,), (4, 8), (8,), (8,), (4, 0)]
+    assert space.searched == ("l2", "l3")
+    assert space.weight_choices == (2, 3, 6, 8)  # l1 and l4 have a choice of input bits
+    assert space.uniform(4) == [(8, 8), (3, 8), (2, 8), (2, 8), (8, 0)]
+    free_ends = given("l0=4+8,l4=2+3/8")
+    assert [g.weight for g in free_ends.groups] == [(4, 8), (2, 4), (2, 4), (2, 4), (2, 3)]
+    assert [g.act for g in free_ends.groups] == [(4, 8), (4, 8), (4, 8), (4, 8), (8,)]
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"),
+    [
+        ("l2=3,l*=6", [6, 6, 3, 6, 6]),  # a name before a pattern, wherever it stands
+        ("l*=6,l2=3", [6, 6, 3, 6, 6]),
+        ("l*=6,l[12]=3", [6, 3, 3, 6, 6]),  # of patterns the later
+        ("l[12]=3,l*=6", [6] * 5),
+        ("l?=6,l[12]=3,l*=/8", [6, 3, 3, 6, 6]),  # which says nothing of weights
+    ],
+)
+def test_of_several_entries_the_name_or_the_later_pattern_holds(
+    text: str, weight: list[int]
+) -> None:
+    assert [g.weight for g in given(text).groups] == [(w,) for w in weight]
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_like_it() -> None:
+    layers = [LayerInfo(n, "Linear", (2, 2), (2,), 4, 2) for n in ("conv1", "conv2", "a.fc", "b")]
+    for text, hint in (
+        ("conv1=3,convv2=3", "'convv2' matches .*; did you mean 'conv2' or 'conv1'"),
+        ("Conv*=3", r"'Conv\*' matches no layer that can be quantized; did you mean 'conv"),
+        ("a.fcc.*=3", r"'a.fcc.\*' matches .*; did you mean 'a.fc'\?$"),
+        ("zzzzz=3", "'zzzzz' matches no layer that can be quantized$"),
+    ):
+        with pytest.raises(InputError, match=f"^layers: {hint}"):
+            make_space(layers, (2, 4), (8,), 8, (), layer_bits(text))
+
+
+def test_what_is_given_for_one_layer_holds_for_those_tied_to_it() -> None:
+    ties = [("l1", "l2", "l3")]
+    space = given("l2=3+6", ties=ties)
+    assert [(g.names, g.weight) for g in space.groups][1] == (("l1", "l2", "l3"), (3, 6))
+    both = given("l1=3+6,l[23]=6+3/8", ties=ties).groups[1]
+    assert (both.weight, both.act) == ((3, 6), (8,))
+    with pytest.raises(InputError, match=r"'l1' and 'l3' share .* are given 3\+6 and 2\+3"):
+        given("l1=3+6,l3=2+3", ties=ties)
+    with pytest.raises(InputError, match=r"'l1' and 'l3' share .* are given 4 and 8"):
+        given("l1=/4,l[23]=/8", ties=ties)
+
+
+def test_a_layer_pinned_by_name_leaves_its_group_and_one_pinned_by_a_pattern_pins_it() -> None:
+    ties = [("l1", "l2", "l3")]
+    alone = given("l2=3", ties=ties)
+    assert [g.names for g in alone.groups] == [("l0",), ("l1", "l3"), ("l2",), ("l4",)]
+    assert [g.weight for g in alone.groups] == [(8,), (2, 4), (3,), (8,)]
+    whole = given("l[2]=3", ties=ties)
+    assert [g.names for g in whole.groups] == [("l0",), ("l1", "l2", "l3"), ("l4",)]
+    assert [g.weight for g in whole.groups] == [(8,), (3,), (8,)]
+    freed = given("l0=2+4", ties=[("l0", "l1")])  # the first layer is no longer pinned
+    assert freed.groups[0] == Choices(("l0", "l1"), (2, 4), (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("limits", "act", "expected"),
+    [
+        (["size_bytes"], (8,), ("size_bytes",)),
+        (["size_bytes"], (4, 8), ("size_bytes", "bops")),
+        (["bops", "latency_s"], (4, 8), ("bops", "latency_s")),
+    ],
+)
+def test_a_choice_of_input_bits_makes_bit_operations_an_objective(
+    limits: list[str], act: tuple[int, ...], expected: tuple[str, ...]
+) -> None:
+    assert objectives(space_of((2, 4), act, 8), limits) == expected
 
 
 TIED = [("l0", "l3"), ("l1", "l4")]

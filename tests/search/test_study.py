@@ -1,10 +1,14 @@
 """Ask, evaluate, tell: the same trials whenever the process dies, one line for a bad storage."""
 
+import random
+import re
 import shutil
 import sqlite3
+import time
+import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +23,48 @@ from toy_space import all_points, smallest
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation
 from adq.quant.spec import BitVector
-from adq.search.candidate import Record
+from adq.search.candidate import Record, Rung
 from adq.search.config import StudyConfig
-from adq.search.folder import TRIALS, StudyFolder, create_study
+from adq.search.folder import TRIALS, Clock, StudyFolder, create_study
+from adq.search.front import front_records
+from adq.search.history import History
+from adq.search.lattice import Indices, Lattice
 from adq.search.problem import Problem, make_problem
-from adq.search.sampler import BudgetSampler
+from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point
-from adq.search.study import create_storage_study, run_trials
+from adq.search.study import Job, StudyLoop, create_storage_study, run_trials
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Death(BaseException):
     """The process dies here: nothing may catch it."""
+
+
+class Telltale:
+    """Proposes what depends on every bit of what it is given."""
+
+    def __init__(self, lattice: Lattice) -> None:
+        self.lattice = lattice
+
+    def propose(
+        self, history: History, pending: Sequence[Indices], rng: np.random.Generator
+    ) -> Indices:
+        given = [history.points, history.metric, *pending]
+        check = zlib.crc32(b"|".join(array.tobytes() for array in given))
+        return self.lattice.random(np.random.default_rng([check, rng.integers(2**31)]), 1)[0]
+
+
+class StoppedClock(Clock):
+    """Shows what it is set to."""
+
+    seconds = 0.0  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
 
 
 @dataclass
@@ -44,49 +77,65 @@ class Bench:
     die: Callable[[], None] = lambda: None
     failing: tuple[str, ...] = ("0001",)
     seeds: list[Point] = field(default_factory=list)
+    clock: Clock | None = None
 
-    def sampler(self) -> BudgetSampler:
+    def proposals(self) -> Proposals:
         space, costs = self.problem.space, self.problem.costs
         limits = costs.limits(self.problem.limits)
         scores = [np.array([0.1 * (10 - w) for w, _ in la.options]) for la in space.groups]
+        lattice = Lattice(space, costs, limits, scores)
         seeds = self.seeds or [space.uniform(3), smallest(space)]
-        return BudgetSampler(space, costs, limits, scores, seeds, seed=4)
+        return Proposals(lattice, seeds, Telltale(lattice), seed=4)
+
+    def loop(self, folder: StudyFolder, uniform: int = 0) -> StudyLoop:
+        clock = self.clock or Clock(folder.file("clock.json"))
+        return StudyLoop(folder, self.problem, self.proposals(), clock, uniform)
 
     def run(self, folder: StudyFolder) -> bool:
-        def evaluate(id: str, bits: BitVector) -> Record:
-            assert not folder.record_path(TRIALS, id).exists(), f"{id} was there already"
+        """False when the space has no new point left."""
+        loop = self.loop(folder)
+
+        def evaluate(job: Job) -> Record:
             self.die()
-            self.evaluated[id] += 1
+            self.evaluated[f"{job.id}@{job.epochs}"] += 1
             self.die()
-            return self.record(id, bits)
+            return self.result(job)
 
         def on_record(record: Record) -> None:
             self.heard.append(record)
             self.die()
 
-        return run_trials(folder, self.problem, self.sampler(), evaluate, on_record)
+        run_trials(loop, evaluate, on_record)
+        return not loop.exhausted
 
-    def record(self, id: str, bits: BitVector) -> Record:
-        metric = sum(b * (i + 1) for i, b in enumerate(bits.weight.values())) / 100
-        failed = id in self.failing
+    def result(self, job: Job) -> Record:
+        return self.record(job.id, job.bits, job.epochs)
+
+    def record(self, id: str, bits: BitVector, epochs: int) -> Record:
+        noise = zlib.crc32(f"{bits.key}{epochs}".encode()) / 2**32
+        metric = sum(b * (i + 1) for i, b in enumerate(bits.weight.values())) / 100 + noise
+        failed = id in self.failing and epochs > 0
+        validation = None if failed else Evaluation(1 - metric, metric, 0.01, 60)
         return Record(
             id=id,
             bits=bits,
             seed=0,
-            epochs=1,
+            epochs=epochs,
             costs=self.problem.costs.costs(bits),
             train_losses=(),
             flips=(),
             dead_levels=(),
-            validation=None if failed else Evaluation(1 - metric, metric, 0.01, 60),
+            validation=validation,
             test=None,
             seconds=0.5,
             error="the loss became nan" if failed else None,
+            rungs=(Rung(epochs, validation, 0.5),),
         )
 
 
 def make_config(out: Path, **options: Any) -> StudyConfig:
-    settings = {"budget_bits": 4.0, "bits": (2, 3, 4), "trials": 4, "study": "s"} | options
+    settings = {"budget_bits": 4.0, "bits": (2, 3, 4), "trials": 4, "study": "s", "epochs": 2}
+    settings |= options
     return StudyConfig(task="tiny_task:make_task", out=str(out), **settings)
 
 
@@ -109,7 +158,14 @@ def load(folder: StudyFolder) -> optuna.Study:
 
 
 def essence(trial: FrozenTrial) -> tuple[Any, ...]:
-    return trial.number, trial.state, trial.params, trial.values, trial.system_attrs
+    return (
+        trial.number,
+        trial.state,
+        trial.params,
+        trial.values,
+        trial.system_attrs,
+        trial.user_attrs,
+    )
 
 
 def state_of(folder: StudyFolder) -> tuple[list[Any], list[Record]]:
@@ -155,7 +211,7 @@ def test_records_and_told_values_agree(fresh: Callable[[str], StudyFolder], temp
             assert record.validation is not None
             assert trial.state == TrialState.COMPLETE
             assert trial.values == [record.validation.metric, record.costs.average_bits]
-    assert [space.decode(t.params) for t in trials[:2]] == bench.sampler().seeds
+    assert [space.decode(t.params) for t in trials[:2]] == [space.uniform(3), smallest(space)]
 
 
 def test_a_second_run_does_nothing(fresh: Callable[[str], StudyFolder], template: Any) -> None:
@@ -194,10 +250,9 @@ class Deaths:
         self.on_tick: Callable[[], Any] | None = None
         monkeypatch.setattr("adq.search.study.RDBStorage", open_storage)
         for owner, name in (
-            (optuna.Study, "ask"),
-            (optuna.Study, "tell"),
-            (optuna.trial.Trial, "suggest_categorical"),
-            (optuna.trial.Trial, "set_constraint"),
+            (RDBStorage, "create_new_trial"),
+            (RDBStorage, "set_trial_state_values"),
+            (RDBStorage, "set_study_user_attr"),
             (StudyFolder, "write_record"),
         ):
             monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name)))
@@ -232,19 +287,24 @@ def copy_of(folder: StudyFolder, path: Path) -> StudyFolder:
     return StudyFolder(path)
 
 
+RUNGS = [{"trials": 3}, {"trials": 7, "rungs": (0, 1), "reduction": 2}]
+
+
+@pytest.mark.parametrize("options", RUNGS, ids=["no rungs", "rungs"])
 def test_a_process_killed_at_any_step_is_resumed_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """Three trials: a seed, a proposal that fails in training, a proposal that does not. What a
-    kill leaves is the disk as it was: a copy of the folder after each change."""
-    folder, bench = make_study(tmp_path / "calm", trials=3)
+    """A seed, a proposal that fails in training, proposals that do not. What a kill leaves is the
+    disk as it was: a copy of the folder after each change."""
+    folder, bench = make_study(tmp_path / "calm", **options)
     bench.seeds = [bench.problem.space.uniform(3)]
     deaths = Deaths(monkeypatch)
     copies: list[StudyFolder] = []
     states: list[dict[Path, bytes]] = []
 
     def keep() -> None:
-        state = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+        files = (p for p in folder.path.rglob("*") if p.is_file() and p.name != "clock.json")
+        state = {p: p.read_bytes() for p in files}
         if not states or state != states[-1]:
             states.append(state)
             copies.append(copy_of(folder, tmp_path / f"killed-{len(copies)}"))
@@ -253,14 +313,19 @@ def test_a_process_killed_at_any_step_is_resumed_as_if_nothing_had_happened(
     bench.die = deaths.tick
     assert deaths.run(bench, folder, at=-1) is True
     expected, deaths.on_tick = state_of(folder), None
-    # asked, three parameters, a record, a constraint and told, for each trial
-    assert len(copies) >= 3 * 7
+    assert set(bench.evaluated.values()) == {1}
+    # nothing yet; then for each trial: asked, a record a rung, and told
+    assert len(copies) == 1 + 2 * options["trials"] + len(bench.evaluated) + pruned(folder)
     for step, copy in enumerate(copies):
         again = Bench(bench.problem, seeds=bench.seeds)
-        done = {r.id for r in copy.records(TRIALS)}
+        done = {f"{r.id}@{rung.epochs}" for r in copy.records(TRIALS) for rung in r.rungs}
         assert again.run(copy) is True
         assert state_of(copy) == expected, f"killed at step {step}"
-        assert again.evaluated.keys() == {"0000", "0001", "0002"} - done
+        assert again.evaluated.keys() == bench.evaluated.keys() - done
+
+
+def pruned(folder: StudyFolder) -> int:
+    return sum(t.state == TrialState.PRUNED for t in load(folder).get_trials())
 
 
 def test_an_error_at_any_step_of_a_trial_changes_nothing(
@@ -291,7 +356,7 @@ def test_a_process_that_dies_again_and_again_gets_there(
     deaths.run(Bench(template[1].problem, die=deaths.tick), calm, at=-1)
     for life in range(60):
         bench = Bench(template[1].problem, die=deaths.tick)
-        if deaths.run(bench, folder, at=9 + 5 * (life % 2)):
+        if deaths.run(bench, folder, at=5 + 3 * (life % 2)):
             break
     else:
         pytest.fail("it never got there")
@@ -303,20 +368,13 @@ def test_a_record_of_other_bits_is_not_taken_for_this_trials(
     fresh: Callable[[str], StudyFolder], template: Any
 ) -> None:
     folder, bench = fresh("a"), Bench(template[1].problem)
+    bench.loop(folder).ask()
     foreign = bench.problem.space.bit_vector(bench.problem.space.uniform(4))
-    folder.write_record(TRIALS, bench.record("0000", foreign))
-    first = bench.problem.space.bit_vector(bench.sampler().seeds[0])
-    assert first != foreign
-    calls = []
-    run_trials(
-        folder,
-        bench.problem,
-        bench.sampler(),
-        lambda id, bits: calls.append(id) or bench.record(id, bits),  # type: ignore[func-returns-value]
-        lambda record: None,
-    )
-    assert calls[0] == "0000"
-    assert folder.records(TRIALS)[0].bits == first
+    folder.write_record(TRIALS, bench.record("0000", foreign, 2))
+    bench.run(folder)
+    assert bench.evaluated["0000@2"] == 1
+    first = bench.problem.space.bit_vector(bench.problem.space.uniform(3))
+    assert folder.records(TRIALS)[0].bits == first != foreign
 
 
 def test_a_damaged_record_stops_the_run_in_one_line(
@@ -364,11 +422,275 @@ def test_death_while_the_end_of_the_space_is_noticed_changes_nothing(
     deaths = Deaths(monkeypatch)
     assert deaths.run(bench, first, at=-1) is False
     expected, steps = state_of(first), deaths.count
-    for at in range(steps - 10, steps):  # one ask, three parameters, one tell, twice each
+    for at in range(steps - 6, steps):  # a record, a tell, and the end noticed
         folder = copy_of(template, tmp_path / f"died-{at}")
         assert deaths.run(bench, folder, at) is None
         assert deaths.run(bench, folder, at=-1) is False
         assert state_of(folder) == expected
+
+
+class Crew:
+    """Workers that run at most three jobs at a time and finish in random order."""
+
+    def __init__(self, bench: Bench, loop: StudyLoop, seed: int) -> None:
+        self.bench, self.loop, self.random = bench, loop, random.Random(seed)
+        self.jobs: list[Job] = []
+        self.most = 0
+
+    def run(self, results: int | None = None) -> None:
+        """To the end of the search, or for so many results."""
+        while results is None or results > 0:
+            while len(self.jobs) < 3 and (job := self.loop.ask()) is not None:
+                self.jobs.append(job)
+            if not self.jobs:
+                self.loop.close()
+                return
+            self.most = max(self.most, len(self.jobs))
+            job = self.jobs.pop(self.random.randrange(len(self.jobs)))
+            self.loop.tell(job, self.bench.result(job))
+            results = None if results is None else results - 1
+
+
+MANY = {"bits": (2, 3, 4, 6), "act_bits": (4, 8), "trials": 14, "budget_bits": 4.5}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("options", [{}, {"rungs": (0, 1), "reduction": 2}], ids=["no", "rungs"])
+def test_proposals_follow_from_the_recorded_order_when_workers_finish_out_of_order(
+    tmp_path: Path, options: dict[str, Any], seed: int
+) -> None:
+    folder, bench = make_study(tmp_path, **MANY, **options)
+    crew = Crew(bench, bench.loop(folder), seed)
+    crew.run()
+    assert crew.most == 3
+    trials = load(folder).get_trials()
+    assert len(trials) == 14
+    records = {int(r.id): r for r in folder.records(TRIALS)}
+    order = sorted(records, key=lambda number: records[number].told or 0)
+    assert [records[number].told for number in order] == list(range(14))
+    assert order != sorted(order)
+
+    # the recorded order, replayed by a process that has nothing but the storage and the records
+    proposals = bench.proposals()
+    points = [
+        proposals.lattice.encode(bench.problem.space.decode(trial.params)) for trial in trials
+    ]
+    pending_once = 0
+    for trial in trials:
+        history = History(len(points[0]))
+        for number in order[: trial.user_attrs["told"]]:
+            found = records[number].validation
+            history.add(points[number], None if found is None else found.metric)
+        told = set(order[: trial.user_attrs["told"]])
+        pending = [points[n] for n in range(trial.number) if n not in told]
+        pending_once += len(pending) > 0
+        proposed = proposals.propose(trial.number, history, pending)
+        assert np.array_equal(proposed, points[trial.number]), trial.number
+    assert pending_once > 5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_fresh_study_told_in_the_recorded_order_is_the_same_study(
+    tmp_path: Path, seed: int
+) -> None:
+    folder, bench = make_study(tmp_path / "a", **MANY)
+    Crew(bench, bench.loop(folder), seed).run()
+    trials = load(folder).get_trials()
+    order = sorted(folder.records(TRIALS), key=lambda record: record.told or 0)
+
+    again, bench = make_study(tmp_path / "b", **MANY)
+    loop, jobs = bench.loop(again), {}
+    for step in range(len(order) + 1):
+        while len(jobs) < len(trials) and trials[len(jobs)].user_attrs["told"] == step:
+            job = loop.ask()
+            assert job is not None
+            jobs[job.id] = job
+        if step < len(order):
+            job = jobs[order[step].id]
+            loop.tell(job, bench.result(job))
+    assert loop.ask() is None
+    assert state_of(again) == state_of(folder)
+
+
+def test_workers_that_die_lose_what_they_were_at_and_nothing_else(tmp_path: Path) -> None:
+    options = MANY | {"rungs": (0, 1), "reduction": 2}
+    folder, bench = make_study(tmp_path, **options)
+    crew = Crew(bench, bench.loop(folder), seed=0)
+    crew.run(results=7)
+    lost = {job.number for job in crew.jobs if job.rung == 0}
+    before = {r.id: r for r in folder.records(TRIALS)}
+    asked = {t.number: t.params for t in load(folder).get_trials()}
+
+    loop = bench.loop(folder)
+    first = [loop.ask() for _ in lost]
+    assert {job.number for job in first if job is not None} == lost
+    for job in first:
+        assert job is not None
+        loop.tell(job, bench.result(job))
+    Crew(bench, loop, seed=1).run()
+    for record in folder.records(TRIALS):
+        if record.id in before:
+            assert record.rungs[: len(before[record.id].rungs)] == before[record.id].rungs
+    trials = load(folder).get_trials()
+    assert len(trials) == 14
+    assert {n: trials[n].params for n in asked} == asked
+
+
+def test_only_the_last_rung_is_a_result(tmp_path: Path) -> None:
+    folder, bench = make_study(tmp_path, **MANY, rungs=(0, 1), reduction=2)
+    assert bench.run(folder) is True
+    records = folder.records(TRIALS)
+    trials = load(folder).get_trials()
+    climbed = Counter(len(record.rungs) for record in records)
+    assert min(climbed[1], climbed[2], climbed[3]) >= 2
+    for trial, record in zip(trials, records, strict=True):
+        assert [rung.epochs for rung in record.rungs] == [0, 1, 2][: len(record.rungs)]
+        assert record.seconds == 0.5 * len(record.rungs)
+        assert record.epochs == record.rungs[-1].epochs
+        if record.error is not None:
+            assert trial.state == TrialState.FAIL
+        elif len(record.rungs) == 3:
+            assert trial.state == TrialState.COMPLETE
+            assert record.validation == record.rungs[-1].validation
+        else:
+            assert (trial.state, trial.values) == (TrialState.PRUNED, None)
+            assert record.validation is None
+            assert record.state == f"stopped after {record.epochs} epochs"
+    assert {r.id for r in bench.loop(folder).front} == {
+        r.id for r in front_records(records, bench.problem.objectives)
+    }
+
+
+def test_every_band_of_costs_has_a_result_in_the_end(tmp_path: Path) -> None:
+    """However few candidates it has: of fewer than `reduction` the best one goes on."""
+    folder, bench = make_study(tmp_path, **MANY | {"trials": 6}, rungs=(0,), reduction=4)
+    bench.failing = ()
+    bench.run(folder)
+    low = bench.problem.costs.costs(bench.problem.space.bit_vector(smallest(bench.problem.space)))
+    width = (4.5 - low.average_bits) / 4
+
+    def band(record: Record) -> int:
+        return min(3, int((record.costs.average_bits - low.average_bits) / width))
+
+    records = folder.records(TRIALS)
+    assert {band(r) for r in records} == {band(r) for r in records if r.validation is not None}
+    assert all(len(r.rungs) == 1 for r in records if r.validation is None)
+
+
+def test_more_trials_extend_a_search_with_rungs(tmp_path: Path) -> None:
+    """What was pruned stays so, and counts among those that new ones are compared with."""
+    folder, bench = make_study(tmp_path, **MANY, rungs=(0,), reduction=2)
+    bench.run(folder)
+    before = state_of(folder)[0]
+    more = replace(bench.problem, config=replace(bench.problem.config, trials=20))
+    assert Bench(more).run(folder) is True
+    after = state_of(folder)[0]
+    assert after[:14] == before
+    assert len(after) == 20
+    assert all(t.state.is_finished() for t in load(folder).get_trials())
+
+
+def test_a_candidate_starts_from_the_nearest_finished_one(tmp_path: Path) -> None:
+    folder, bench = make_study(tmp_path, **MANY, warm_start="on", ties="none")
+    Crew(bench, bench.loop(folder), seed=5).run()
+    records = {r.id: r for r in folder.records(TRIALS)}
+    told = sorted(records.values(), key=lambda record: record.told or 0)
+    parents = 0
+    for trial in load(folder).get_trials():
+        record = records[f"{trial.number:04d}"]
+        known = [r for r in told[: trial.user_attrs["told"]] if r.validation is not None]
+        distance = {
+            r.id: sum(
+                abs(mine.get(name, 9) - other.get(name, 9))
+                for mine, other in (
+                    (record.bits.weight, r.bits.weight),
+                    (record.bits.act, r.bits.act),
+                )
+                for name in record.bits.weight
+            )
+            for r in known
+        }
+        nearest = min(distance, key=lambda id: (distance[id], id)) if distance else None
+        assert record.parent == trial.user_attrs["parent"] == nearest
+        parents += nearest is not None
+    assert parents > 8
+
+
+def test_without_a_warm_start_there_are_no_parents(tmp_path: Path) -> None:
+    folder, bench = make_study(tmp_path)
+    bench.run(folder)
+    assert {r.parent for r in folder.records(TRIALS)} == {None}
+
+
+def test_the_storage_is_read_once(
+    fresh: Callable[[str], StudyFolder], template: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Counter[str]()
+    for owner, name in ((RDBStorage, "_get_trials"), (StudyFolder, "records")):
+        method = getattr(owner, name)
+
+        def counted(*args: Any, method: Any = method, name: str = name) -> Any:
+            reads[name] += 1
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+    Bench(template[1].problem).run(fresh("a"))
+    assert reads == {"_get_trials": 1, "records": 1}
+
+
+def test_the_time_budget_leaves_room_for_the_final_training(tmp_path: Path) -> None:
+    """An epoch takes 0.25 s here, final training 10 of them for each model of the front and two
+    more; another candidate starts while that still ends in time."""
+    options = MANY | {"trials": 50, "time_budget": 20.0, "final_epochs": 10}
+    folder, bench = make_study(tmp_path, **options)
+    bench.clock = clock = StoppedClock()
+    loop = bench.loop(folder, uniform=2)
+    told = 0
+    while True:
+        front = len(front_records(folder.records(TRIALS), bench.problem.objectives))
+        may = told == 0 or clock.seconds + (front + 2) * 10 * 0.25 <= 20
+        job = loop.ask()
+        assert (job is not None) == may
+        if job is None:
+            break
+        clock.seconds += 0.5  # type: ignore[misc]
+        loop.tell(job, bench.result(job))
+        told += 1
+    assert 1 < told < 50
+    assert re.fullmatch(
+        rf"the search ends after {told} trials: final training takes about \d+ s, and \d+ s of the "
+        r"time budget of 20 s are over",
+        loop.end,
+    )
+
+
+def test_one_candidate_is_trained_to_the_end_however_short_the_time(tmp_path: Path) -> None:
+    folder, bench = make_study(tmp_path, **MANY, time_budget=1.0, rungs=(0, 1), reduction=2)
+    bench.clock = clock = StoppedClock()
+    clock.seconds = 5.0  # type: ignore[misc]
+    bench.run(folder)
+    (record,) = folder.records(TRIALS)
+    assert [rung.epochs for rung in record.rungs] == [0, 1, 2]
+    assert record.validation is not None
+    more = replace(bench.problem, config=replace(bench.problem.config, time_budget=1e6))
+    Bench(more).run(folder)
+    assert len(folder.records(TRIALS)) == 14
+
+
+def test_the_seconds_of_all_processes_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "clock.json"
+    first = Clock(path)
+    time.sleep(0.02)
+    first.save()
+    second = Clock(path)
+    assert second.seconds >= 0.02
+    time.sleep(0.01)
+    second.save()
+    assert Clock(path).seconds >= 0.03
+    assert Clock(path).seconds < 60
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"clock\.json is damaged"):
+        Clock(path)
 
 
 def expect_one_line(folder: StudyFolder, bench: Bench, match: str) -> None:
@@ -403,8 +725,9 @@ def test_a_store_with_garbled_text_is_one_line(
     fresh: Callable[[str], StudyFolder], template: Any
 ) -> None:
     folder, bench = fresh("a"), Bench(template[1].problem)
+    bench.run(folder)
     path = folder.file("study.db")
-    path.write_bytes(path.read_bytes().replace(b"MAXIMIZE", b"MAX\xff\xfe\xfdZE"))
+    path.write_bytes(path.read_bytes().replace(b"weight:conv2", b"weight:\xff\xfe\xfdv2"))
     expect_one_line(folder, bench, r"storage sqlite:.*study\.db cannot be used")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from adq.proxies.base import Sensitivity, Table
 from adq.proxies.costs import CostModel
 from adq.quant.layers import LayerInfo
+from adq.search.config import layer_bits
 from adq.search.space import Option, Space, act_order, make_space
 
 Sizes = Sequence[tuple[int, int, int]]
@@ -29,9 +30,12 @@ def toy_space(
     act_bits: Sequence[int] = (8,),
     first_last_bits: int = 0,
     ties: Sequence[Sequence[str]] = (),
+    given: str = "",
 ) -> tuple[Space, CostModel]:
     layers = toy_layers(sizes)
-    space = make_space(layers, weight_bits, act_bits, first_last_bits, ties)
+    space = make_space(
+        layers, weight_bits, act_bits, first_last_bits, ties, layer_bits(given) if given else ()
+    )
     model = nn.Module()
     for layer in layers:
         model.add_module(layer.name, nn.Linear(layer.weight_shape[1], layer.out_channels))
