@@ -5,6 +5,7 @@ OUT/NAME/
   study.db            the Optuna study (unless --storage names another place)
   fp32.safetensors    the FP32 weights;  fp32.json  how they were trained and how good they are
   sensitivity.json    every proxy's table;  sensitivity.csv  the same, one row a layer and bits
+  seeds.json          the bit vectors that the search starts with
   trials/NNNN.json    a record per trial
   start/NNNN.safetensors   with --warm-start, weights that other trials may start from
   final/ID.json       a record per final model;  models/ID.safetensors  its packed weights

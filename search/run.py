@@ -40,6 +40,7 @@ from adq.search.problem import Problem, make_problem
 from adq.search.report import write_report
 from adq.search.samplers import make_sampler
 from adq.search.samplers.base import Proposals
+from adq.search.seeds import Point as SeedPoint
 from adq.search.seeds import combined_scores, make_seeds
 from adq.search.sensitivity import (
     ensemble_of,
@@ -51,6 +52,7 @@ from adq.search.study import Job, StudyLoop, create_storage_study, run_trials
 from adq.search.task import Task
 
 RESULTS_SCHEMA = "adq-results/1"
+SEEDS_SCHEMA = "adq-seeds/1"
 SEEDS = 12  # not a share of the trials: a study that is extended later keeps its seeds
 SILENT = Observer()
 
@@ -116,7 +118,7 @@ def _run(
     ranges = problem.call("measuring input ranges", lambda: problem.input_ranges(fp32.model))
     train = partial(train_candidate, problem, fp32.model, ranges=ranges)
     uniform = _uniform_around(problem)
-    loop = StudyLoop(folder, problem, _proposals(problem, found), clock, len(uniform))
+    loop = StudyLoop(folder, problem, _proposals(problem, folder, found), clock, len(uniform))
     _search(loop, train, observer)
     return fp32, *_final(loop, train, uniform, observer)
 
@@ -144,13 +146,32 @@ def _write_so_far(problem: Problem, folder: StudyFolder) -> str:
     return f"{text}; the front so far, by validation, is in {folder.file('front.json')}"
 
 
-def _proposals(problem: Problem, found: list[Sensitivity]) -> Proposals:
+def _proposals(problem: Problem, folder: StudyFolder, found: list[Sensitivity]) -> Proposals:
     config, space, costs = problem.config, problem.space, problem.costs
     limits = costs.limits(problem.limits)
-    seeds = make_seeds(space, costs, limits, found, SEEDS)
+    seeds = _seeds(problem, folder, found)
     lattice = Lattice(space, costs, limits, combined_scores(space, found))
     sampler = make_sampler(config.sampler, lattice, problem.objectives, len(seeds))
     return Proposals(lattice, seeds, sampler, config.seed)
+
+
+def _seeds(problem: Problem, folder: StudyFolder, found: list[Sensitivity]) -> list[SeedPoint]:
+    """The study's seeds, as its first process made them: a solver that runs out of time finds
+    other ones on another machine."""
+    path, space = folder.file("seeds.json"), problem.space
+    if not path.exists():
+        limits = problem.costs.limits(problem.limits)
+        seeds = make_seeds(space, problem.costs, limits, found, SEEDS)
+        write_json(path, {"schema": SEEDS_SCHEMA, "seeds": [space.encode(p) for p in seeds]})
+    try:
+        points = [space.decode(params) for params in read_json(path)["seeds"]]
+        if any(o not in g.options for p in points for g, o in zip(space.groups, p, strict=True)):
+            raise ValueError("bits that are no choice of theirs")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__} {error}): restore it, or start a new study"
+        ) from None
+    return points
 
 
 def _search(loop: StudyLoop, train: Callable[..., Record], observer: Observer) -> None:

@@ -46,8 +46,13 @@ class AdqSampler:
         dearest = np.minimum(lattice.terms.max(axis=1).sum(axis=0), lattice.limits)
         self._dearest = dearest[self._columns].astype(np.float64)
 
-    @threadpool_limits.wrap(limits=1)  # on matrices this small, more threads wait for each other
     def propose(
+        self, history: History, pending: Sequence[Indices], rng: np.random.Generator
+    ) -> Indices:
+        with threadpool_limits(limits=1):  # on matrices this small threads wait for each other
+            return self._propose(history, pending, rng)
+
+    def _propose(
         self, history: History, pending: Sequence[Indices], rng: np.random.Generator
     ) -> Indices:
         known = np.isfinite(history.metric)
