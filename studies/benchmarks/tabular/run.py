@@ -10,6 +10,7 @@ the tables of README.md. Optuna's Gaussian process takes most of the half hour o
 
 import argparse
 import csv
+import json
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,8 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from scipy.stats import spearmanr
 from scores import scores
 from table import POINTS, SEEDS, TABLE
+from warm import ROWS as WARM
+from warm import gain
 
 from adq.proxies.base import Sensitivity, aligned
 from adq.proxies.costs import CostModel
@@ -41,6 +44,7 @@ from adq.quant.files import atomic_path, write_json
 from adq.quant.layers import trace_layers
 from adq.search.history import History
 from adq.search.knapsack import budgets, sweep
+from adq.search.ladder import Ladder, Result, band_of
 from adq.search.lattice import Lattice
 from adq.search.pareto import hypervolume, non_dominated
 from adq.search.run import SEEDS as STUDY_SEEDS
@@ -53,7 +57,8 @@ COST = "bops"
 SWEEP = 64
 """Budgets of a knapsack sweep."""
 REPEATS = 30
-MOST = {"Optuna GP": 100, "Optuna GP, categories": 100, "adq": 120, "adq, no seeds": 120}
+MOST = {"Optuna GP": 60, "Optuna GP, categories": 60}
+MOST |= dict.fromkeys(("adq", "adq, no seeds", "adq, ladder"), 104)
 OTHERS = 400
 """Evaluations of a method; OTHERS where MOST has none."""
 SHARES = (0.98, 0.99)
@@ -142,12 +147,15 @@ def ground(folder: Path) -> Ground:
     )
 
 
-def adq(here: Ground, seed: int, most: int, seeds: int = STUDY_SEEDS) -> list[int]:
-    """Our own sampler from the seeds of a study, as a study runs it."""
+def proposals(here: Ground, seed: int, seeds: int = STUDY_SEEDS) -> Proposals:
+    """Those of a study: its seeds, then our own sampler."""
     limits = {COST: int(here.cost.max())}
     points = make_seeds(SPACE, here.costs, limits, here.found, seeds) if seeds else []
-    sampler = AdqSampler(here.lattice, [COST])
-    proposals = Proposals(here.lattice, points, sampler, seed)
+    return Proposals(here.lattice, points, AdqSampler(here.lattice, [COST]), seed)
+
+
+def adq(here: Ground, proposals: Proposals, most: int) -> list[int]:
+    """Every candidate is trained."""
     history = History(len(here.lattice.sizes))
     numbers: list[int] = []
     for trial in range(most):
@@ -156,6 +164,32 @@ def adq(here: Ground, seed: int, most: int, seeds: int = STUDY_SEEDS) -> list[in
         numbers.append(here.number(point))
         history.add(point, here.metric[numbers[-1]])
     return numbers
+
+
+def adq_ladder(here: Ground, proposals: Proposals, most: int) -> list[int]:
+    """Candidates are calibrated, and a third of them, by rank within its cost band, trained: the
+    trained ones, as with `--rungs 0 --reduction 3`."""
+    history, ladder = History(len(here.lattice.sizes)), Ladder((0, 1), 3)
+    least, most_of_all = int(here.cost.min()), int(here.cost.max())
+    points: list[np.ndarray] = []  # by candidate
+    trained: dict[int, int] = {}  # candidate -> number
+    while len(trained) < most:
+        candidate, rung = ladder.promotion() or (len(points), 0)
+        if rung == 0:
+            waiting = [point for c, point in enumerate(points) if c not in trained]
+            point = proposals.propose(candidate, history, waiting)
+            if point is None:
+                break
+            points.append(point)
+        number = here.number(points[candidate])
+        cost = here.cost[number]
+        ladder.start(candidate, rung, band_of(int(cost), least, most_of_all))
+        metric = (here.metric if rung else here.untrained)[number]
+        ladder.finish(candidate, Result(metric, -metric, (float(cost),)))
+        if rung:
+            trained[candidate] = number
+            history.add(points[candidate], metric)
+    return list(trained.values())
 
 
 def stock(here: Ground, name: str, seed: int, most: int) -> list[int]:
@@ -236,8 +270,11 @@ def replay(job: tuple[Path, str, int]) -> tuple[str, list[float]]:
         numbers = stock(here, name, seed, most)
     elif name == "random":
         numbers = random_search(here, seed, most)
+    elif name == "adq, ladder":
+        numbers = adq_ladder(here, proposals(here, seed), most)
     else:
-        numbers = adq(here, seed, most, 0 if name == "adq, no seeds" else STUDY_SEEDS)
+        seeds = 0 if name == "adq, no seeds" else STUDY_SEEDS
+        numbers = adq(here, proposals(here, seed, seeds), most)
     return name, here.shares(numbers, most).tolist()
 
 
@@ -257,7 +294,7 @@ def replay_all(folder: Path, repeats: int, workers: int) -> dict[str, np.ndarray
     fixed["knapsack only, default proxies"] = knapsack(here, default)
     fixed |= {f"knapsack only, {name}": knapsack(here, own) for name, own in alone.items()}
     found = {name: here.shares(numbers, len(numbers))[None] for name, numbers in fixed.items()}
-    names = ["random", *STOCK, "adq, no seeds", "adq"]
+    names = ["random", "adq", "adq, no seeds", "adq, ladder", *STOCK]
     jobs = [(folder, name, seed) for name in names for seed in range(repeats)]
     curves: dict[str, list[list[float]]] = {}
     with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
@@ -314,6 +351,9 @@ def report(here: Ground, curves: dict[str, np.ndarray]) -> None:
             here.lattice.expected(np.array([here.lattice.encode(p) for p in POINTS])), here.metric
         ).statistic,
     }
+    if WARM.exists():
+        won, error = gain(json.loads(WARM.read_text()), "warm", "accuracy")
+        values |= {"warm_start_points": 100 * won, "warm_start_points_stderr": 100 * error}
     missing = [name for name, value in values.items() if value is None]
     if missing:
         print(f"not reached, left out of summary.json: {', '.join(missing)}")
