@@ -41,7 +41,7 @@ from adq.search.report import write_report
 from adq.search.samplers import make_sampler
 from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point as SeedPoint
-from adq.search.seeds import combined_scores, make_seeds
+from adq.search.seeds import combined_scores, fits, make_seeds
 from adq.search.sensitivity import (
     ensemble_of,
     load_sensitivities,
@@ -159,14 +159,19 @@ def _seeds(problem: Problem, folder: StudyFolder, found: list[Sensitivity]) -> l
     """The study's seeds, as its first process made them: a solver that runs out of time finds
     other ones on another machine."""
     path, space = folder.file("seeds.json"), problem.space
+    limits = problem.costs.limits(problem.limits)
     if not path.exists():
-        limits = problem.costs.limits(problem.limits)
         seeds = make_seeds(space, problem.costs, limits, found, SEEDS)
         write_json(path, {"schema": SEEDS_SCHEMA, "seeds": [space.encode(p) for p in seeds]})
     try:
-        points = [space.decode(params) for params in read_json(path)["seeds"]]
+        kept = read_json(path)["seeds"]
+        points = [space.decode(params) for params in kept]
+        if not points or [space.encode(point) for point in points] != kept:
+            raise ValueError("the parameters are not the study's")
         if any(o not in g.options for p in points for g, o in zip(space.groups, p, strict=True)):
             raise ValueError("bits that are no choice of theirs")
+        if not all(fits(space, problem.costs, limits, point) for point in points):
+            raise ValueError("a seed is over the budget")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({type(error).__name__} {error}): restore it, or start a new study"

@@ -16,10 +16,10 @@ LEAST_WIDTH = 190
 
 
 def bits_charts(facts: Facts) -> list[alt.LayerChart]:
-    """Layers downwards, points across, weight bits in the cells; where input bits are searched, a
-    second map with those beside it."""
+    """Layers downwards, points across, weight bits in the cells; where input bits vary, a second
+    map with those beside it."""
     maps = [_heat_map(facts, "weights", {p.id: p.weight_bits for p in facts.front.points}, True)]
-    if len(facts.config.act_bits) > 1:
+    if facts.input_bits_vary:
         inputs = {p.id: _input_bits(p) for p in facts.front.points}
         maps.append(_heat_map(facts, "inputs", inputs, False))
     return maps

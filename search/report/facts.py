@@ -53,6 +53,15 @@ class Facts:
         return list(self.front.points[0].weight_bits)
 
     @property
+    def input_bits_vary(self) -> bool:
+        """Whether models of the study differ in the bits of some input, or inputs of one model do;
+        FP32 is one of the widths."""
+        vectors = [r.bits for r in self.trials]
+        points = (*self.front.points, *self.front.uniform)
+        vectors += [BitVector(p.weight_bits, p.act_bits) for p in points]
+        return len({v.act.get(layer) for v in vectors for layer in v.weight}) > 1
+
+    @property
     def metric_title(self) -> str:
         """The metric with the split on which it was measured, like `test accuracy`."""
         return f"{self.front.split} {self.front.metric_name}"

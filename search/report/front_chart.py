@@ -49,9 +49,9 @@ def interactive_front(facts: Facts) -> alt.VConcatChart:
 
 
 def _bits_of(facts: Facts, pointed: alt.Parameter) -> alt.LayerChart:
-    """Layers across, weight bits as bars; where input bits are searched, those as ticks."""
+    """Layers across, weight bits as bars; where input bits vary, those as ticks."""
     cells = list(_cells(facts))
-    inputs = len(facts.config.act_bits) > 1
+    inputs = facts.input_bits_vary
     key = " (bars: weights, ticks: inputs)" if inputs else ""
     names = [
         {"point": p.id, "name": f"{p.id}: {facts.unit.text(facts.cost_of(p))}{key}"}

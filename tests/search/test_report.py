@@ -421,7 +421,7 @@ def test_the_page_and_the_chart_name_the_knee_and_the_hypervolume(study: Study, 
 
 def test_the_bits_chart_holds_every_cell_in_model_order(study: Study, page: Page) -> None:
     spec = page.specs["bits-spec"]
-    assert len(spec["hconcat"]) == 1, "input bits are not searched"
+    assert len(spec["hconcat"]) == 1, "all inputs have 8 bits"
     drawn = {(row["point"], row["layer"]): row["bits"] for row in data_of(spec)}
     assert drawn == {
         (point.id, layer): bits
@@ -452,6 +452,28 @@ def test_searched_input_bits_get_a_chart_of_their_own(tmp_path: Path) -> None:
         ("weights", "fisher"),
         ("inputs", "fisher"),
     ]
+
+
+def test_input_bits_that_only_layers_are_given_are_drawn(tmp_path: Path) -> None:
+    act = dict.fromkeys(LAYERS, 8) | {LAYERS[2]: 4}
+    config = replace(CONFIG, act_bits=(8,), layers={LAYERS[4]: {"act-bits": [8, 4]}})
+    trials = [record("0000", [2] * 5, 0.9, act=act)]
+    made = make_study(
+        tmp_path, trials, [record("t0000", [2] * 5, 0.9, 0.9, act=act)], [], config=config
+    )
+    _, inputs = made.page.specs["bits-spec"]["hconcat"]
+    cells = made.page.specs["bits-spec"]["datasets"][inputs["data"]["name"]]
+    assert {cell["layer"]: cell["bits"] for cell in cells} == act
+
+
+def test_searched_input_bits_that_came_out_alike_are_drawn(tmp_path: Path) -> None:
+    """Only a trial that is not on the front has other ones."""
+    trials = [record("0000", [2] * 5, 0.9), record("0001", [2] * 5, 0.8, act={})]
+    finals = [record("t0000", [2] * 5, 0.9, 0.9)]
+    made = make_study(tmp_path, trials, finals, [], config=replace(CONFIG, act_bits=(8, 0)))
+    _, inputs = made.page.specs["bits-spec"]["hconcat"]
+    cells = made.page.specs["bits-spec"]["datasets"][inputs["data"]["name"]]
+    assert [cell["bits"] for cell in cells] == [8] * 5
 
 
 def test_the_sensitivity_chart_holds_every_score_on_a_positive_axis(page: Page) -> None:

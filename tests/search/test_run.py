@@ -137,7 +137,7 @@ def test_every_promised_file_is_there(study: Study) -> None:
     path = study.folder.path
     promised = ["study.toml", "study.db", "fp32.safetensors", "fp32.json", "sensitivity.json"]
     promised += ["sensitivity.csv", "front.json", "best.safetensors", "best.bits.json"]
-    promised += ["results.json", "clock.json", TRIALS, FINAL, MODELS]
+    promised += ["results.json", "clock.json", "seeds.json", TRIALS, FINAL, MODELS]
     assert {p.name for p in path.iterdir()} - {"lock"} == set(promised)
     assert {p.name for p in (path / TRIALS).iterdir()} == {f"{i:04d}.json" for i in range(8)}
     finals = {p.stem for p in (path / FINAL).iterdir()}
@@ -563,6 +563,62 @@ def test_a_lost_trial_record_is_named(tmp_path: Path) -> None:
     shutil.rmtree(found.folder.file(TRIALS))
     with pytest.raises(InputError, match="is missing"):
         resume(found.folder, tiny_task.make_task())
+
+
+def test_a_study_that_goes_on_keeps_its_seeds(tmp_path: Path, undisturbed: Study) -> None:
+    """Though `make_seeds` would now find other ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, run, "train_candidate", 2, after=False)
+        with pytest.raises(Stop):
+            study_in(tmp_path, **INTERRUPTED)
+    folder = open_study(tmp_path, "s")
+    kept = folder.file("seeds.json").read_bytes()
+    assert json.loads(kept)["schema"] == "adq-seeds/1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_seeds", lambda space, *args: [space.uniform(2)])
+        assert resume(folder, tiny_task.make_task()) == undisturbed.front
+    assert folder.file("seeds.json").read_bytes() == kept
+    params = json.loads(kept)["seeds"]
+    space = make_problem(folder.config, tiny_task.make_task()).space
+    first = folder.read_record(TRIALS, "0000")
+    assert first is not None
+    assert first.bits == space.bit_vector(space.decode(params[0]))
+    assert len({json.dumps(p) for p in params}) == len(params) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"seeds": 3}',
+        '{"seeds": []}',
+        '{"seeds": ["conv2"]}',
+        '{"seeds": [{}]}',
+        *[
+            json.dumps(
+                {"seeds": [{"weight:conv2": 2, "weight:conv3": 2, "weight:hidden": 2} | bad]}
+            )
+            for bad in (
+                {"weight:conv2": 5},
+                {"weight:conv2": [2]},
+                {"weight:conv9": 2},
+                {"weight:conv2": 8, "weight:conv3": 8},  # over the budget
+            )
+        ],
+    ],
+)
+def test_damaged_seeds_are_one_line(undisturbed: Study, tmp_path: Path, content: str) -> None:
+    shutil.copytree(undisturbed.folder.path, tmp_path / "s")
+    folder = StudyFolder(tmp_path / "s")
+    folder.file("seeds.json").write_text(content)
+    problem = make_problem(folder.config, tiny_task.make_task())
+    with pytest.raises(InputError, match=r"seeds\.json is .*damaged") as error:
+        run._seeds(problem, folder, [])
+    assert "\n" not in str(error.value)
 
 
 def test_the_fp32_metric_is_measured_for_each_study(tmp_path: Path) -> None:

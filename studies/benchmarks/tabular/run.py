@@ -393,7 +393,7 @@ def draw(here: Ground, means: dict[str, np.ndarray]) -> None:
     save(lines.properties(width=620, height=360), "curves.png")
     front = set(here.front)
     points = [
-        {"GBOPs": c / 1e9, "accuracy": m, "": "true front" if i in front else "the other models"}
+        {"GBOPs": c / 1e9, "accuracy": m, "kind": "true front" if i in front else "the other models"}
         for i, (m, c) in enumerate(zip(here.metric, here.cost, strict=True))
     ]
     cloud = (
@@ -402,7 +402,7 @@ def draw(here: Ground, means: dict[str, np.ndarray]) -> None:
         .encode(
             alt.X("GBOPs:Q"),
             alt.Y("accuracy:Q", scale=alt.Scale(zero=False), title="validation accuracy"),
-            alt.Color(":N", field="", type="nominal"),
+            alt.Color("kind:N", title=None),
         )
     )
     save(cloud.properties(width=620, height=360), "front.png")

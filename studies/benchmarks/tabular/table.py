@@ -109,7 +109,8 @@ def measure_all(folder: Path, workers: int) -> list[dict[str, Any]]:
 
 
 def write_table(rows: Sequence[dict[str, Any]], data: Data) -> None:
-    costs = CostModel(trace_layers(fp32(data), data.train[0][:2]), SPACE.bit_options)
+    model = fp32(data)
+    costs = CostModel(model, trace_layers(model, data.train[0][:2]), SPACE.searched)
     at = {(row["point"], row["seed"]): row for row in rows}
     text = io.StringIO()
     names = [f"{kind}{s}" for s in SEEDS for kind in ("accuracy_seed", "loss_seed")]
@@ -129,3 +130,4 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     given = parser.parse_args()
     write_table(measure_all(given.fashion, given.workers), load(given.fashion))
+    ROWS.unlink()
