@@ -1,9 +1,6 @@
 """What a metric may be at points not tried yet: a Gaussian process on bits, scores and costs."""
 
-import warnings
-
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Kernel, WhiteKernel
 from sklearn.linear_model import BayesianRidge
@@ -13,7 +10,7 @@ from adq.search.space import FP32
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0)
 """Length scales that are tried, in units of the distance √d of random points of d features."""
-NOISES = (0.03, 0.1, 0.3)
+NOISES = (0.1, 0.03, 0.3)
 """Variances of the noise that are tried, relative to the process's own."""
 
 
@@ -50,7 +47,7 @@ class Surrogate:
 
     A ridge regression on `trend` (BayesianRidge), and a Gaussian process over all features on what
     it leaves: Rasmussen & Williams, Gaussian Processes for Machine Learning (2006), section 2.7.
-    Length scale and noise are the ones of a small grid that make the results most likely.
+    Of LENGTHS, and then of NOISES, it takes what makes the results most likely.
     """
 
     def __init__(self, features: Features, points: Indices, metric: Floats) -> None:
@@ -66,13 +63,14 @@ class Surrogate:
         self.line = BayesianRidge().fit(x[:, self._trend], y)
         left = y - self.line.predict(x[:, self._trend])
         self._left = left.std() or 1.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            tried = [
-                GaussianProcessRegressor(kernel, optimizer=None).fit(x, left / self._left)
-                for kernel in _kernels(x.shape[1])
-            ]
-        self.process = max(tried, key=lambda process: process.log_marginal_likelihood_value_)
+        unit, process = np.sqrt(x.shape[1]), None
+        for length in LENGTHS:
+            process = _likelier(process, _kernel(length * unit, NOISES[0]), x, left / self._left)
+        assert process is not None
+        best = process.kernel_.get_params()["k1__k2__length_scale"]
+        for noise in NOISES[1:]:
+            process = _likelier(process, _kernel(best, noise), x, left / self._left)
+        self.process = process
 
     def predict(self, points: Indices) -> tuple[Floats, Floats]:
         """(points, groups) -> mean and standard deviation, in the metric's unit."""
@@ -83,10 +81,19 @@ class Surrogate:
         return self._mean + self._scale * line + scale * mean, scale * std
 
 
-def _kernels(features: int) -> list[Kernel]:
-    return [
-        ConstantKernel(1 / (1 + noise)) * RBF(length * np.sqrt(features))
-        + WhiteKernel(noise / (1 + noise))
-        for length in LENGTHS
-        for noise in NOISES
-    ]
+def _kernel(length: float, noise: float) -> Kernel:
+    return ConstantKernel(1 / (1 + noise)) * RBF(length) + WhiteKernel(noise / (1 + noise))
+
+
+def _likelier(
+    process: GaussianProcessRegressor | None, kernel: Kernel, x: Floats, y: Floats
+) -> GaussianProcessRegressor:
+    """The process, or one with this kernel if the results are likelier under it."""
+    other = GaussianProcessRegressor(kernel, optimizer=None).fit(x, y)
+    if process is None or _likelihood(other) > _likelihood(process):
+        return other
+    return process
+
+
+def _likelihood(process: GaussianProcessRegressor) -> float:
+    return float(process.log_marginal_likelihood_value_)

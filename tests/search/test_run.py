@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -330,14 +331,13 @@ def test_progress_comes_in_stages_of_as_many_steps_as_announced(study: Study) ->
         f"study s in {study.folder.path}",
         "the search ends: 8 trials are done",
     ]
-    losses = []  # what is called best only ever gets better
-    for text in heard.bests:
-        metric, loss = (
-            float(re.findall(rf"{word} ([\d.]+)", text)[0]) for word in ("accuracy", "loss")
-        )
-        losses.append((-metric, loss))
-    assert losses == sorted(losses, reverse=True)
-    assert 1 <= len(losses) < 8
+    bests = [
+        [float(x) for x in re.findall(r"accuracy ([\d.]+), loss ([\d.]+), ([\d.]+) bits", text)[0]]
+        for text in heard.bests
+    ]
+    for (metric, loss, bits), (other, other_loss, other_bits) in pairwise(bests):
+        assert other > metric or (other == metric and (other_loss < loss or other_bits < bits))
+    assert 1 <= len(bests) < 8
 
 
 def contents(folder: StudyFolder) -> dict[str, bytes]:

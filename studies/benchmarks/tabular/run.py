@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -54,6 +55,9 @@ from adq.search.seeds import combined_scores, make_seeds, option_scores
 from adq.search.space import cost_range, option_terms
 
 COST = "bops"
+RESULTS = HERE / "results.json"
+Curves = dict[str, dict[str, Any]]
+"""Method -> `repeats`, and `mean` and `std` of the share of the hypervolume by evaluations."""
 SWEEP = 64
 """Budgets of a knapsack sweep."""
 REPEATS = 30
@@ -284,8 +288,11 @@ def start() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def replay_all(folder: Path, repeats: int, workers: int) -> dict[str, np.ndarray]:
-    """Method -> (repeats, evaluations); one row for a method without chance."""
+METHODS = ("random", "adq", "adq, no seeds", "adq, ladder", *STOCK)
+
+
+def replay_all(folder: Path, names: Sequence[str], repeats: int, workers: int) -> Curves:
+    """Those of METHODS that `names` says, and all that know no chance, put into results.json."""
     start()
     here = ground(folder)
     alone = {s.proxy: option_scores(SPACE, s.weight, s.act) for s in aligned(here.found)}
@@ -293,42 +300,48 @@ def replay_all(folder: Path, repeats: int, workers: int) -> dict[str, np.ndarray
     fixed = {"uniform bits": uniform(here), "greedy": greedy(here, default)}
     fixed["knapsack only, default proxies"] = knapsack(here, default)
     fixed |= {f"knapsack only, {name}": knapsack(here, own) for name, own in alone.items()}
-    found = {name: here.shares(numbers, len(numbers))[None] for name, numbers in fixed.items()}
-    names = ["random", "adq", "adq, no seeds", "adq, ladder", *STOCK]
+    found = {name: [here.shares(numbers, len(numbers)).tolist()] for name, numbers in fixed.items()}
     jobs = [(folder, name, seed) for name in names for seed in range(repeats)]
-    curves: dict[str, list[list[float]]] = {}
     with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
         for done, (name, curve) in enumerate(pool.imap(replay, jobs), 1):
-            curves.setdefault(name, []).append(curve)
+            found.setdefault(name, []).append(curve)
             if done % repeats == 0:
-                print(f"{name}: {np.mean(curves[name], axis=0)[-1]:.4f}", flush=True)
-    return found | {name: np.array(rows) for name, rows in curves.items()}
+                print(f"{name}: {np.mean(found[name], axis=0)[-1]:.4f}", flush=True)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, rows in found.items():
+        curves = np.array(rows)
+        kept[name] = {
+            "repeats": len(rows),
+            "mean": curves.mean(axis=0).round(5).tolist(),
+            "std": curves.std(axis=0, ddof=min(1, len(rows) - 1)).round(5).tolist(),
+        }
+    ordered = {name: kept[name] for name in (*fixed, *METHODS) if name in kept}
+    write_json(RESULTS, ordered)
+    return ordered
 
 
-def evaluations_to(share: float, mean: np.ndarray) -> int | None:
+def evaluations_to(share: float, mean: Sequence[float]) -> int | None:
     """After how many evaluations the mean over the seeds has this share; None if it never has."""
-    reached = np.flatnonzero(mean >= share)
+    reached = np.flatnonzero(np.array(mean) >= share)
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def report(here: Ground, curves: dict[str, np.ndarray]) -> None:
-    means = {name: rows.mean(axis=0) for name, rows in curves.items()}
+def report(here: Ground, curves: Curves) -> None:
+    means = {name: found["mean"] for name, found in curves.items()}
     to = {s: {name: evaluations_to(s, mean) for name, mean in means.items()} for s in SHARES}
+    shown = (12, 24, 48, 104, 400)
     rows = []
     for name, found in curves.items():
-        spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(found.shape[1])
-        at = [n for n in (12, 24, 48, 100, 400) if n <= found.shape[1]]
-        cells = {n: f"{means[name][n - 1]:.3f} ± {spread[n - 1]:.3f}" for n in at}
-        last = found.shape[1]
+        pairs = [f"{m:.3f} ± {s:.3f}" for m, s in zip(found["mean"], found["std"], strict=True)]
         rows.append(
             [
                 name,
-                *(cells.get(n, "") for n in (12, 24, 48, 100, 400)),
-                f"{means[name][-1]:.4f} ({last})",
-                *(str(to[s][name] or "not reached") for s in SHARES),
+                *(pairs[n - 1] if n <= len(pairs) else "" for n in shown),
+                f"{means[name][-1]:.4f} ({len(pairs)})",
+                *(str(to[share][name] or "not reached") for share in SHARES),
             ]
         )
-    header = ["method", "12", "24", "48", "100", "400", "last (of)", "to 98 %", "to 99 %"]
+    header = ["method", *map(str, shown), "last (of)", "to 98 %", "to 99 %"]
     reached = {name: n for name, n in to[0.98].items() if name in STOCK and n is not None}
     best = min(reached, key=lambda name: reached[name])
     knapsacks = [mean[-1] for name, mean in means.items() if name.startswith("knapsack only")]
@@ -359,17 +372,6 @@ def report(here: Ground, curves: dict[str, np.ndarray]) -> None:
         print(f"not reached, left out of summary.json: {', '.join(missing)}")
     summary = {n: round(float(v), 5) for n, v in values.items() if v is not None}
     write_json(HERE / "summary.json", summary)
-    write_json(
-        HERE / "results.json",
-        {
-            name: {
-                "repeats": len(found),
-                "mean": means[name].round(5).tolist(),
-                "std": found.std(axis=0, ddof=min(1, len(found) - 1)).round(5).tolist(),
-            }
-            for name, found in curves.items()
-        },
-    )
     tables = {"methods": table(header, rows), "summary": table(["", ""], named(summary))}
     write_between(HERE / "README.md", tables)
     draw(here, means)
@@ -379,10 +381,10 @@ def named(summary: dict[str, float]) -> list[list[str]]:
     return [[name, f"{value:g}"] for name, value in summary.items()]
 
 
-def draw(here: Ground, means: dict[str, np.ndarray]) -> None:
+def draw(here: Ground, means: dict[str, list[float]]) -> None:
     """curves.png: hypervolume against evaluations; front.png: the whole table and its front."""
     curves = [
-        {"method": name, "evaluations": n + 1, "share": float(share)}
+        {"method": name, "evaluations": n + 1, "share": share}
         for name, mean in means.items()
         for n, share in enumerate(mean)
         if len(mean) > 20 and share >= 0.7
@@ -393,7 +395,11 @@ def draw(here: Ground, means: dict[str, np.ndarray]) -> None:
     save(lines.properties(width=620, height=360), "curves.png")
     front = set(here.front)
     points = [
-        {"GBOPs": c / 1e9, "accuracy": m, "kind": "true front" if i in front else "the other models"}
+        {
+            "GBOPs": c / 1e9,
+            "accuracy": m,
+            "kind": "true front" if i in front else "the other models",
+        }
         for i, (m, c) in enumerate(zip(here.metric, here.cost, strict=True))
     ]
     cloud = (
@@ -416,10 +422,14 @@ def save(chart: alt.Chart, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--fashion", type=Path, default=FOLDER, help="folder of Fashion-MNIST")
+    parser.add_argument(
+        "--methods", nargs="*", default=METHODS, choices=METHODS, help="replay these alone"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, help="seeds of each method")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     given = parser.parse_args()
-    report(ground(given.fashion), replay_all(given.fashion, given.repeats, given.workers))
+    curves = replay_all(given.fashion, given.methods, given.repeats, given.workers)
+    report(ground(given.fashion), curves)
 
 
 if __name__ == "__main__":
