@@ -117,7 +117,7 @@ def resume(
     name: Name,
     trials: Annotated[int | None, typer.Option("--trials", help="raise the trials to this")] = None,
     time_budget: Annotated[
-        str | None, typer.Option("--time-budget", help="raise the time for all of it to this")
+        str | None, typer.Option("--time-budget", help="set the time budget, or raise it to this")
     ] = None,
     out: Out = None,
     as_json: Json = False,

@@ -124,7 +124,8 @@ class StudyConfig:
     time_budget: float | None = _option(
         None,
         "duration",
-        "end the search early enough that all is done within this time, like 90s, 30m or 1.5h",
+        "end the search early enough that final training, all but the report, is done within this "
+        "time, like 90s, 30m or 1.5h",
     )
     epochs: int = _option(3, "whole", "epochs of each candidate's fine-tuning", 0)
     rungs: tuple[int, ...] | None = _option(

@@ -99,7 +99,7 @@ class StudyFolder:
         return [_record(path) for path in sorted((self.path / kind).glob("*.json"))]
 
     def extended(self, trials: int | None, time_budget: float | str | None = None) -> StudyConfig:
-        """The configuration with its number of trials and its time budget raised."""
+        """The configuration with its number of trials and its time budget raised, or one set."""
         config = self.config
         more = make_config(vars(config), {"trials": trials, "time_budget": time_budget})
         if more.trials < config.trials:

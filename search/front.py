@@ -57,9 +57,10 @@ class Front:
 
     `points` go from cheap to dear. `split` is where their metric was measured: `test`, which chose
     nothing, or `validation` for a partial front, of a search that was stopped before its final
-    training. `budget` maps a cost to its limit. `uniform` are fine-tuned as long as the points,
-    with the same bits in every searched layer, for comparison: they may lie outside the budget and
-    are no part of the front.
+    training. `budget` maps a cost to its limit, `objectives` each cost that the study minimised to
+    its limit or, where it has none, to the largest that its choices of bits reach. `uniform` are
+    fine-tuned as long as the points, with the same bits in every searched layer, for comparison:
+    they may lie outside the budget and are no part of the front.
     """
 
     study: str
@@ -67,6 +68,7 @@ class Front:
     metric_name: str
     fp32_metric: float
     budget: dict[str, float]
+    objectives: dict[str, float]
     points: tuple[Point, ...]
     uniform: tuple[Point, ...] = ()
     split: Split = "test"
@@ -100,7 +102,8 @@ class Front:
                 )
             found = kept
         tighter = {n: min(limit, self.budget.get(n, limit)) for n, limit in limits.items()}
-        return replace(self, points=found, budget=self.budget | tighter)
+        objectives = {name: tighter.get(name, end) for name, end in self.objectives.items()}
+        return replace(self, points=found, budget=self.budget | tighter, objectives=objectives)
 
     def best_under(self, limits: Mapping[str, float]) -> Point:
         """The best point of those `within` the limits."""
@@ -110,11 +113,11 @@ class Front:
     def knee(self) -> Point | None:
         """The point where the front bends most, see `pareto.knee`; None where it does not bend.
 
-        The front is that of validation metric against cost, the mean share of its budgets that a
+        The front is that of validation metric against cost, the mean share of `objectives` that a
         point takes: several costs mostly rise together, and count as one.
         """
         shares = [
-            fmean(getattr(p, name) / limit for name, limit in self.budget.items())
+            fmean(getattr(p, name) / end for name, end in self.objectives.items())
             for p in self.points
         ]
         values = [(-p.validation_metric, s) for p, s in zip(self.points, shares, strict=True)]
@@ -124,12 +127,12 @@ class Front:
 
     @property
     def reference(self) -> dict[str, float]:
-        """The reference point of the hypervolume: `metric`, and each cost that has a budget.
+        """The reference point of the hypervolume: `metric`, and each of the costs `objectives`.
 
         The metric is zero where FP32's is positive, otherwise as far below FP32's as that is below
-        zero: fp32 − |fp32|. A cost is BEYOND times its budget.
+        zero: fp32 − |fp32|. A cost is BEYOND times its value in `objectives`.
         """
-        costs = {name: limit * BEYOND for name, limit in self.budget.items()}
+        costs = {name: end * BEYOND for name, end in self.objectives.items()}
         return {"metric": self.fp32_metric - abs(self.fp32_metric), **costs}
 
     def hypervolume(self, reference: Mapping[str, float] | None = None) -> float:
@@ -156,6 +159,7 @@ class Front:
             "metric_name": self.metric_name,
             "fp32_metric": self.fp32_metric,
             "budget": self.budget,
+            "objectives": self.objectives,
             "best": self.best.id,
             "knee": None if self.knee is None else self.knee.id,
             "hypervolume": {"value": self.hypervolume(), "reference": self.reference},
@@ -180,6 +184,7 @@ class Front:
             metric_name=data["metric_name"],
             fp32_metric=float(data["fp32_metric"]),
             budget={name: float(limit) for name, limit in data["budget"].items()},
+            objectives={name: float(end) for name, end in data["objectives"].items()},
             points=tuple(_point(point) for point in data["points"]),
             uniform=tuple(_point(point) for point in data["uniform"]),
             split=data["split"],

@@ -1,18 +1,20 @@
 """The space as arrays: a point is one option index a group, and costs are sums of a table."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from adq.proxies.costs import CostModel
+from adq.search.knapsack import solve
 from adq.search.space import Option, Space, option_terms
 
 Indices = npt.NDArray[np.intp]
 """(groups,) or (points, groups): option i of a group is `Choices.options[i]`."""
 Floats = npt.NDArray[np.float64]
 
-DEAD_ENDS = 100_000
+DEAD_ENDS, RANDOM = 5_000, 500
 """Visits that a tree search may waste where several limits together rule out what none does."""
 
 
@@ -36,11 +38,12 @@ class Lattice:
     ) -> None:
         self.space, self.names = space, tuple(costs.names)
         self.options = [group.options for group in space.groups]
+        self._rows, self._limits = option_terms(space, costs), dict(limits)
         self.sizes = np.array([len(options) for options in self.options])
         shape = (len(self.options), int(self.sizes.max()))
         self.terms = np.zeros((*shape, len(self.names)), dtype=np.int64)
         self.scores = np.zeros(shape)
-        for g, (rows, row) in enumerate(zip(option_terms(space, costs), scores, strict=True)):
+        for g, (rows, row) in enumerate(zip(self._rows, scores, strict=True)):
             self.terms[g, : len(rows)] = [[term[name] for name in self.names] for term in rows]
             self.scores[g, : len(rows)] = row
         largest = np.iinfo(np.int64).max
@@ -74,7 +77,8 @@ class Lattice:
 
         Each step takes the one with the least loss increase per cost saved, the cost being each
         exceeded budget's, relative to its limit. Where no step saves anything (an FP32 input takes
-        no bytes: with fewer bits a group may grow), some point within the limits.
+        no bytes: with fewer bits a group may grow), `anchor` with the point's options wherever
+        they fit.
         """
         point = point.copy()
         totals = self.totals(point)
@@ -87,19 +91,44 @@ class Lattice:
             lost = lost - self.scores[self._groups, point][:, None]
             usable = (lower >= 0) & (saved > 0)
             if not usable.any():
-                found = self.any_fresh(set(), np.random.default_rng(0))
-                assert found is not None, "the budgets were checked to be met by some point"
-                return found
+                return self._towards(point)
             price = np.where(usable, lost / np.where(usable, saved, 1.0), np.inf)
             g, step = np.unravel_index(int(price.argmin()), price.shape)
             totals += self.terms[g, lower[g, step]] - here[g]
             point[g] = lower[g, step]
         return point
 
-    def any_fresh(self, taken: set[bytes], rng: np.random.Generator) -> Indices | None:
-        """Some point within the limits that is not taken, by depth-first search in random order.
+    @cached_property
+    def anchor(self) -> Indices:
+        """A point within the limits: the fewest bits, or what integer programming finds.
 
-        A branch is entered when its cheapest completion is within every limit.
+        Raises ValueError where there is none.
+        """
+        fewest = np.zeros(len(self.sizes), dtype=np.intp)
+        if self.fits(fewest):
+            return fewest
+        indifferent = [np.zeros(len(rows)) for rows in self._rows]
+        found = solve(indifferent, self._rows, self._limits)
+        if found is None:
+            raise ValueError("no point is within the limits")
+        return np.array(found)
+
+    def _towards(self, point: Indices) -> Indices:
+        found = self.anchor.copy()
+        totals = self.totals(found)
+        for g, option in enumerate(point):
+            changed = totals + self.terms[g, option] - self.terms[g, found[g]]
+            if (changed <= self.limits).all():
+                found[g], totals = option, changed
+        return found
+
+    def any_fresh(self, taken: set[bytes], rng: np.random.Generator) -> Indices | None:
+        """Some point within the limits that is not taken; None where none is found.
+
+        By depth-first search in random order: a branch is entered when its cheapest completion is
+        within every limit. With one limit such a branch has a point, so that None means that all
+        are taken. With several it may have none: after DEAD_ENDS of them, random points are
+        repaired instead, RANDOM times at most.
         """
         groups = len(self.sizes)
         least = np.zeros((groups + 1, len(self.names)), dtype=np.int64)  # of groups from i on
@@ -108,7 +137,7 @@ class Lattice:
         stack = [(np.zeros(0, dtype=np.intp), np.zeros(len(self.names), dtype=np.int64))]
         for _ in range(DEAD_ENDS + (groups + 1) * (len(taken) + 1)):
             if not stack:
-                break
+                return None
             chosen, totals = stack.pop()
             g = len(chosen)
             if g < groups:
@@ -118,6 +147,10 @@ class Lattice:
                         stack.append((np.append(chosen, option), sums))
             elif key(chosen) not in taken:
                 return chosen
+        for point in self.random(rng, RANDOM):
+            found = self._towards(point)
+            if key(found) not in taken:
+                return found
         return None
 
     def _steps_down(self) -> Indices:

@@ -59,6 +59,13 @@ class Problem:
         macs = sum(layer.macs for layer in self.layers) * batch_size(self.calibration[0])
         return 1 if macs < SMALL_BATCH_MACS else torch.get_num_threads()
 
+    @property
+    def ends(self) -> dict[str, float]:
+        """Each objective -> its limit, or the largest cost that the choices of bits reach."""
+        _, largest = cost_range(self.space, self.costs)
+        reached = self.costs.in_units(largest)
+        return {name: self.limits.get(name, reached[name]) for name in self.objectives}
+
     def input_ranges(self, fp32: nn.Module) -> Ranges:
         """Where the input quantizers of every choice start, from the FP32 model's inputs."""
         options = self.space.bit_options.items()

@@ -101,10 +101,12 @@ def resume(
         with threads(problem.threads):
             try:
                 fp32, finals, uniform = _run(problem, folder, config, clock, observer)
+                front = _results(problem, folder, fp32, finals, uniform, observer)
             except KeyboardInterrupt:
-                clock.save()
                 raise Interrupted(_write_so_far(problem, folder)) from None
-            return _results(problem, folder, fp32, finals, uniform, observer)
+            finally:
+                clock.save()
+            return front
 
 
 def _run(
@@ -137,7 +139,8 @@ def _write_so_far(problem: Problem, folder: StudyFolder) -> str:
         task=problem.config.task,
         metric_name=problem.task.metric_name,
         fp32_metric=facts["validation"]["metric"],
-        budget=problem.config.budget.limits(),
+        budget=problem.limits,
+        objectives=problem.ends,
         points=tuple(point_of(record, "validation") for record in records),
         split="validation",
         folder=str(folder.path),
@@ -331,7 +334,8 @@ def _results(
         task=problem.config.task,
         metric_name=problem.task.metric_name,
         fp32_metric=fp32.test.metric,
-        budget=problem.config.budget.limits(),
+        budget=problem.limits,
+        objectives=problem.ends,
         points=tuple(point_of(record) for record in points),
         uniform=tuple(point_of(record) for record in uniform),
         folder=str(folder.path),

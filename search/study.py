@@ -174,7 +174,10 @@ class StudyLoop:
         names = self._lattice.names
         self._columns = [names.index(name) for name in problem.objectives]
         self._limited = [names.index(name) for name in problem.limits]
-        self._least = cost_range(problem.space, problem.costs)[0][problem.objectives[0]]
+        first = problem.objectives[0]
+        least, largest = (ends[first] for ends in cost_range(problem.space, problem.costs))
+        limit = int(self._lattice.limits[names.index(first)])
+        self._band_ends = least, min(largest, limit)
         self._url = folder.storage_url
         with storage_errors(self._url):
             self._storage, self._study_id = _open_storage(folder)
@@ -252,7 +255,7 @@ class StudyLoop:
     def end(self) -> str:
         """Why there is nothing left to ask for, in words."""
         if self.exhausted:
-            return "no new bit vector is left under the budget: the search ends early"
+            return "no new bit vector is found under the budget: the search ends early"
         if self._more():
             return (
                 f"the search ends after {len(self._trials)} trials: final training takes about "
@@ -271,8 +274,8 @@ class StudyLoop:
 
     def _band(self, trial: _Trial) -> int:
         first = self._columns[0]
-        cost, limit = self._lattice.totals(trial.point)[first], self._lattice.limits[first]
-        return band_of(int(cost), self._least, int(limit))
+        cost = self._lattice.totals(trial.point)[first]
+        return band_of(int(cost), *self._band_ends)
 
     def _new(self) -> int | None:
         """The number of a new trial, created in one transaction; None where no point is left."""

@@ -21,7 +21,7 @@ MOST = 7
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fronts of one task by a name each; `costs` are those that every study has a budget of."""
+    """Fronts of one task by a name each; `costs` are those that every study minimised."""
 
     fronts: dict[str, Front]
     costs: tuple[str, ...]
@@ -100,7 +100,7 @@ def compare(fronts: Sequence[Front]) -> Comparison:
     """The fronts as a comparison; studies of one name are told apart by their folders.
 
     Raises InputError when they can't be compared: another task, metric or split, no cost that all
-    have a budget of, a study twice, fewer than two or more than MOST.
+    minimised, a study twice, fewer than two or more than MOST.
     """
     if not 2 <= len(fronts) <= MOST:
         raise InputError(f"expected 2 to {MOST} studies, got {len(fronts)}")
@@ -117,10 +117,10 @@ def compare(fronts: Sequence[Front]) -> Comparison:
                     f"{what.replace('_name', '')} differs, {getattr(a, what)} and "
                     f"{getattr(b, what)}"
                 )
-    costs = tuple(name for name in UNITS if all(name in front.budget for front in fronts))
+    costs = tuple(name for name in UNITS if all(name in front.objectives for front in fronts))
     if not costs:
-        had = "; ".join(f"{front.study}: {', '.join(front.budget)}" for front in fronts)
-        raise InputError(f"the studies have no budget of the same cost ({had}): nothing to compare")
+        had = "; ".join(f"{front.study}: {', '.join(front.objectives)}" for front in fronts)
+        raise InputError(f"the studies minimised no cost in common ({had}): nothing to compare")
     return Comparison(dict(zip(names, fronts, strict=True)), costs)
 
 

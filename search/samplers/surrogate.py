@@ -37,7 +37,7 @@ class Features:
         bits = self._bits[self._groups, points].reshape(len(points), -1)[:, self._free]
         lattice = self.lattice
         expected = lattice.expected(points)
-        least = lattice.scores.max() * 1e-9 + np.finfo(np.float64).tiny
+        least = max(lattice.scores.max(), 0.0) * 1e-9 + np.finfo(np.float64).tiny
         totals = np.maximum(1, lattice.totals(points)).astype(np.float64)
         return bits, np.log(np.column_stack([np.maximum(expected, least), totals]))
 

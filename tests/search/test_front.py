@@ -136,7 +136,10 @@ def make_front(*models: tuple[float, float, float], **more: Any) -> Front:
         made = record(id, validation, bits, loss=2 - validation)
         points.append(point_of(replace(made, test=Evaluation(1.0, test, 0.125, 60))))
     usual = {"fp32_metric": 0.875, "budget": {"average_bits": 4.0}, "folder": "/x/s"}
-    return Front("s", "digits", "accuracy", points=tuple(points), **usual | more)
+    given = usual | more
+    given.setdefault("objectives", given["budget"])
+    given.setdefault("points", tuple(points))
+    return Front("s", "digits", "accuracy", **given)
 
 
 FRONT = make_front((2.0, 0.25, 0.5), (2.5, 0.75, 0.375), (3.0, 0.8, 0.75), (4.0, 0.875, 0.625))
@@ -153,12 +156,26 @@ def test_the_json_of_a_front_has_the_schemas_keys_and_no_others() -> None:
         "metric_name": "accuracy",
         "fp32_metric": 0.875,
         "budget": {"average_bits": 4.0},
+        "objectives": {"average_bits": 4.0},
         "best": "d",
         "knee": "b",
         "hypervolume": {"value": front.hypervolume(), "reference": reference},
         "points": [asdict(point) for point in front.points],
         "uniform": [asdict(front.points[0])],
     }
+
+
+def test_an_objective_without_a_budget_counts_in_the_hypervolume_and_the_knee() -> None:
+    """A point that is on the front for its bit operations alone adds a box of its own."""
+    objectives = {"average_bits": 4.0, "bops": 400.0}
+    points = make_front((2, 0.5, 0.5), (3, 0.5, 0.5)).points
+    pair = [replace(p, bops=b) for p, b in zip(points, (200, 100), strict=True)]
+    both = make_front(points=tuple(pair), objectives=objectives)
+    assert both.reference == pytest.approx({"metric": 0, "average_bits": 4.4, "bops": 440})
+    one, other = (0.5 * (1 - p.average_bits / 4.4) * (1 - p.bops / 440) for p in both.points)
+    common = 0.5 * (1 - 3 / 4.4) * (1 - 200 / 440)
+    assert both.hypervolume() == pytest.approx(one + other - common)
+    assert both.within({"bops": 250.0}).objectives == {"average_bits": 4.0, "bops": 250.0}
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])

@@ -121,6 +121,35 @@ def test_the_last_point_of_a_tight_budget_is_found_among_a_great_many_that_do_no
     np.testing.assert_array_equal(found, steps[17])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_two_limits_that_pull_apart_are_both_met(seed: int) -> None:
+    """FP32 inputs take no bytes and the most bit operations: what one limit wants lowered the other
+    wants raised. The limits are what one point of 6^24 takes, and a tenth more."""
+    layers = [(40 + 7 * i, 3, 50 + 90 * (i % 5)) for i in range(24)]
+    drawn = Case(layers, (2, 4, 8), (8, 0), limits={})
+    point = drawn.lattice.random(np.random.default_rng(seed), 1)[0]
+    totals = dict(zip(drawn.lattice.names, drawn.lattice.totals(point).tolist(), strict=True))
+    limits = {name: totals[name] * 11 // 10 for name in ("size_bytes", "bops")}
+    lattice = Case(layers, (2, 4, 8), (8, 0), limits=limits).lattice
+    assert lattice.fits(lattice.anchor)
+    repaired = [lattice.repair(p) for p in lattice.random(np.random.default_rng(1), 40)]
+    assert lattice.fits(np.stack(repaired)).all()
+    assert len({key(p) for p in repaired}) > 30
+    taken = {key(p) for p in repaired}
+    for _ in range(5):
+        fresh = lattice.any_fresh(taken, np.random.default_rng(2))
+        assert fresh is not None
+        assert lattice.fits(fresh)
+        assert key(fresh) not in taken
+        taken.add(key(fresh))
+
+
+def test_a_lattice_without_a_point_says_so() -> None:
+    lattice = Case([(4, 3, 1)] * 3, (2, 4), limits={"average_bits": 1}).lattice
+    with pytest.raises(ValueError, match="no point"):
+        lattice.repair(np.ones(3, dtype=np.intp))
+
+
 def test_blind_draws_take_every_option_equally_often() -> None:
     """3 options in a tied group, 1 in a pinned one: 3000 draws give 1000 ± 26 of each."""
     case = Case([(2, 3, 1)] * 4, (2, 3, 4), ties=[("l1", "l2")], first_last=8)

@@ -132,6 +132,7 @@ def make_study(
         metric_name=more.get("metric_name", "accuracy"),
         fp32_metric=fp32.metric,
         budget=more.get("config", CONFIG).budget.limits(),
+        objectives=more.get("config", CONFIG).budget.limits(),
         points=points,
         uniform=tuple(point_of(r) for r in uniform),
         split=split,

@@ -389,26 +389,31 @@ def draw(here: Ground, means: dict[str, list[float]]) -> None:
         for n, share in enumerate(mean)
         if len(mean) > 20 and share >= 0.7
     ]
-    x = alt.X("evaluations:Q", scale=alt.Scale(type="log"), title="models trained")
+    scale = alt.Scale(type="log", domain=[1, OTHERS], nice=False)
+    x = alt.X("evaluations:Q", scale=scale, title="models trained")
     y = alt.Y("share:Q", scale=alt.Scale(domain=[0.7, 1]), title="share of the hypervolume")
     lines = alt.Chart(alt.Data(values=curves)).mark_line().encode(x, y, alt.Color("method:N"))
     save(lines.properties(width=620, height=360), "curves.png")
-    front = set(here.front)
+    order = sorted(range(len(POINTS)), key=lambda i: i in here.front)  # the front on top
     points = [
         {
-            "GBOPs": c / 1e9,
-            "accuracy": m,
-            "kind": "true front" if i in front else "the other models",
+            "cost": here.cost[i] / 1e6,
+            "metric": here.metric[i],
+            "kind": "the true front" if i in here.front else "all other models",
         }
-        for i, (m, c) in enumerate(zip(here.metric, here.cost, strict=True))
+        for i in order
     ]
+    colour = alt.Color("kind:N", title=None, scale=alt.Scale(range=["#9ab", "#e4572e"]))
+    size = alt.Size("kind:N", legend=None, scale=alt.Scale(range=[12, 60]))
+    scale = alt.Scale(zero=False)
     cloud = (
         alt.Chart(alt.Data(values=points))
-        .mark_circle(size=14, opacity=0.6)
+        .mark_circle(opacity=1)
         .encode(
-            alt.X("GBOPs:Q"),
-            alt.Y("accuracy:Q", scale=alt.Scale(zero=False), title="validation accuracy"),
-            alt.Color("kind:N", title=None),
+            alt.X("cost:Q", scale=scale, title="million bit operations an image"),
+            alt.Y("metric:Q", scale=scale, title="validation accuracy"),
+            colour,
+            size,
         )
     )
     save(cloud.properties(width=620, height=360), "front.png")
