@@ -95,7 +95,7 @@ def resume(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with folder.locked():
         clock = Clock(folder.file("clock.json"))
-        config = folder.extended(trials, time_budget)
+        config, finished = folder.extended(trials, time_budget), folder.finished
         if problem is None:
             problem = make_problem(config, task)
         with threads(problem.threads):
@@ -103,8 +103,9 @@ def resume(
                 fp32, finals, uniform = _run(problem, folder, config, clock, observer)
                 front = _results(problem, folder, fp32, finals, uniform, observer)
             except KeyboardInterrupt:
+                clock.save()
                 raise Interrupted(_write_so_far(problem, folder)) from None
-            finally:
+            if not finished:
                 clock.save()
             return front
 

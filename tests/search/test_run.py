@@ -152,8 +152,8 @@ def test_every_promised_file_is_there(study: Study) -> None:
 def test_front_json_has_the_schemas_keys_and_no_others(any_study: Study) -> None:
     data = json.loads(any_study.folder.file("front.json").read_text())
     assert set(data) == {
-        "schema", "study", "task", "split", "metric_name", "fp32_metric", "budget", "best", "knee",
-        "hypervolume", "points", "uniform",
+        "schema", "study", "task", "split", "metric_name", "fp32_metric", "budget",
+        "objectives", "best", "knee", "hypervolume", "points", "uniform",
     }  # fmt: skip
     assert data["schema"] == "adq-front/2"
     assert data["study"] == "s"
