@@ -95,7 +95,8 @@ def resume(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with folder.locked():
         clock = Clock(folder.file("clock.json"))
-        config, finished = folder.extended(trials, time_budget), folder.finished
+        config = folder.extended(trials, time_budget)
+        finished = folder.file("results.json").exists()
         if problem is None:
             problem = make_problem(config, task)
         with threads(problem.threads):
