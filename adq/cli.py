@@ -268,8 +268,8 @@ def compare(
     partial = "" if first.split == "test" else "partial "
     print(f"\n{partial}fronts of task {first.task}, best models chosen by validation:")
     _print_table(*compared.table())
-    print(f"hypervolumes up to {reference_text(first.metric_name, compared.reference)}, with each "
-          "cost as a share of that")  # fmt: skip
+    reference = reference_text(first.metric_name, compared.reference)
+    print(f"hypervolumes up to {reference}, with each cost as a share of that")
 
 
 @app.command()
@@ -477,8 +477,9 @@ def _print_front(front: "Front", as_json: bool) -> None:
             ]
         )
     header = ["model", "average bits", "searched layers", "kB", "GBOPs", *["ms"] * timed, metric]
-    how = "chosen by validation, reported on test" if final else (
-        "partial: stopped before the final training, reported on validation")  # fmt: skip
+    how = "chosen by validation, reported on test"
+    if not final:
+        how = "partial: stopped before the final training, reported on validation"
     print(f"\nPareto front of study {front.study}, {how}:")
     _print_table(header, rows)
     reference = reference_text(front.metric_name, front.reference)

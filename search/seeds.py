@@ -3,7 +3,7 @@
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -114,19 +114,14 @@ def make_seeds(
         points = max(2, math.ceil(count * (1 if i else DENSE) / sweeps_each))
         below = budgets(limits, tops, smallest, points)
         pool += best + sweep(scores, terms, below, pairs, seconds / 2)
-    within = [
-        choice
-        for choice in pool
-        if all(totals(terms, choice, [name])[name] <= limit for name, limit in limits.items())
-    ]
+    pool = first + [choice for choice in pool if within(totals(terms, choice, [*limits]), limits)]
     scores = option_scores(space, mean.weight, mean.act)
-    lost = [value(scores, choice) for choice in first + within]
-    spent = [[totals(terms, choice, [name])[name] for name in swept] for choice in first + within]
+    lost = [value(scores, choice) for choice in pool]
+    spent = [[*totals(terms, choice, swept).values()] for choice in pool]
     order = by_hypervolume(np.column_stack([lost, spent]), len(first))
     seeds: list[Point] = []
     for i in order:
-        choice = (first + within)[i]
-        point = [g.options[o] for g, o in zip(space.groups, choice, strict=True)]
+        point = [g.options[o] for g, o in zip(space.groups, pool[i], strict=True)]
         if point not in seeds:
             seeds.append(point)
     return seeds[:count]
@@ -161,6 +156,9 @@ def by_hypervolume(values: npt.NDArray[np.float64], first: int = 0) -> list[int]
     return order
 
 
-def fits(space: Space, costs: CostModel, limits: dict[str, int], point: Point) -> bool:
-    used = costs.totals(space.bit_vector(point))
+def fits(space: Space, costs: CostModel, limits: Mapping[str, int], point: Point) -> bool:
+    return within(costs.totals(space.bit_vector(point)), limits)
+
+
+def within(used: Mapping[str, int], limits: Mapping[str, int]) -> bool:
     return all(used[name] <= limit for name, limit in limits.items())

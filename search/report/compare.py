@@ -80,6 +80,7 @@ class Comparison:
                 "hypervolume": volumes[name],
                 "fp32_metric": front.fp32_metric,
                 "budget": front.budget,
+                "objectives": front.objectives,
                 "best": front.best.id,
                 "knee": None if front.knee is None else front.knee.id,
                 "points": [asdict(point) for point in front.points],

@@ -42,7 +42,8 @@ class Proposals:
         self.seeds = [lattice.encode(point) for point in seeds]
 
     def propose(self, number: int, history: History, pending: Sequence[Indices]) -> Indices | None:
-        """The point of trial `number`; None where all points within the limits are taken."""
+        """The point of trial `number`; None where no point within the limits is found
+        that is not taken, see `Lattice.any_fresh`."""
         taken = set(keys(history.points)) | {key(point) for point in pending}
         if number < len(self.seeds) and key(self.seeds[number]) not in taken:
             return self.seeds[number]

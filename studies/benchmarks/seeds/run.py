@@ -3,7 +3,7 @@
 Solves the multiple-choice knapsack of 100 layers with 8 choices at 50 budgets of average bits by
 `adq.search.knapsack`, by the textbook's dynamic programme over a table of all budgets, and by HiGHS
 as it comes. One thread. Writes results.json (raw), summary.json (name -> number) and the tables of
-README.md; a minute or two of one core.
+README.md; some seconds of one core.
 """
 
 import json

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from adq.proxies.costs import CostModel
 from adq.quant.apply import quantize_
 from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
-from adq.quant.evaluate import accuracy, evaluate
+from adq.quant.evaluate import Evaluation, accuracy, evaluate
 from adq.quant.files import write_text
 from adq.quant.layers import trace_layers
 from adq.quant.qat import TrainingConfig, train_
@@ -66,19 +66,32 @@ DATA: Data
 MODEL: nn.Module
 
 
+def quantized(
+    number: int, data: Data, fp32: nn.Module, start: nn.Module, steps: int, seed: int = 0
+) -> nn.Module:
+    """A point, by its number, from the weights of `start` after so many steps of fine-tuning."""
+    bits = SPACE.bit_vector(list(POINTS[number]))
+    batches = calibration(data)
+    widths = {name: (act,) for name, act in bits.act.items()}
+    ranges = input_ranges(fp32, widths, batches, SCHEME.act)
+    model = quantize_(copy.deepcopy(start), bits, ranges, SCHEME)
+    if steps:
+        train_(
+            model, Batches(data.train, BATCH, steps), F.cross_entropy, TRAINING, seed, teacher=fp32
+        )
+    reestimate_batchnorm_(model, batches)
+    return model
+
+
+def validated(model: nn.Module, data: Data) -> Evaluation:
+    return evaluate(model, in_order(data.validation), F.cross_entropy, accuracy)
+
+
 def measure(run: tuple[int, int]) -> dict[str, Any]:
     """One point, by its number, under one seed."""
     began, (number, seed) = time.monotonic(), run
-    bits = SPACE.bit_vector(list(POINTS[number]))
-    batches = calibration(DATA)
-    widths = {name: (act,) for name, act in bits.act.items()}
-    ranges = input_ranges(MODEL, widths, batches, SCHEME.act)
-    model = quantize_(copy.deepcopy(MODEL), bits, ranges, SCHEME)
-    if seed != UNTRAINED:
-        data = Batches(DATA.train, BATCH, STEPS)
-        train_(model, data, F.cross_entropy, TRAINING, seed, teacher=MODEL)
-    reestimate_batchnorm_(model, batches)
-    found = evaluate(model, in_order(DATA.validation), F.cross_entropy, accuracy)
+    steps = 0 if seed == UNTRAINED else STEPS
+    found = validated(quantized(number, DATA, MODEL, MODEL, steps, seed), DATA)
     return {
         "point": number,
         "seed": seed,

@@ -9,7 +9,6 @@ the table of README.md; three minutes of one core.
 """
 
 import argparse
-import copy
 import os
 import sys
 from pathlib import Path
@@ -19,19 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
-from ground import HERE, SPACE, calibration, fp32, load
-from grounds.data import Batches, in_order
+from ground import HERE, SPACE, fp32, load
 from grounds.fashion import FOLDER
 from grounds.report import table, write_between
-from table import BATCH, POINTS, SCHEME, STEPS, TRAINING
-from torch import nn
-from torch.nn import functional as F
+from table import POINTS, STEPS, quantized, validated
 
-from adq.quant.apply import dequantize_, quantize_
-from adq.quant.calibrate import input_ranges, reestimate_batchnorm_
-from adq.quant.evaluate import accuracy, evaluate
+from adq.quant.apply import dequantize_
 from adq.quant.files import write_json
-from adq.quant.qat import train_
 
 PAIRS, MOST_CHANGES = 40, 3
 ROWS = HERE / "warm.json"
@@ -40,26 +33,7 @@ ROWS = HERE / "warm.json"
 def measure(folder: Path) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     data = load(folder)
-    model, batches = fp32(data), calibration(data)
-    act = sorted({a for group in SPACE.groups for a in group.act})
-    ranges = input_ranges(model, dict.fromkeys(SPACE.layers, act), batches, SCHEME.act)
-    validation = in_order(data.validation)
-
-    def trained(number: int, start: nn.Module, steps: int) -> tuple[nn.Module, float, float]:
-        bits = SPACE.bit_vector(list(POINTS[number]))
-        quantized = quantize_(copy.deepcopy(start), bits, ranges, SCHEME)
-        train_(
-            quantized,
-            Batches(data.train, BATCH, steps),
-            F.cross_entropy,
-            TRAINING,
-            0,
-            teacher=model,
-        )
-        reestimate_batchnorm_(quantized, batches)
-        found = evaluate(quantized, validation, F.cross_entropy, accuracy)
-        return quantized, found.metric, found.loss
-
+    model = fp32(data)
     rng = np.random.default_rng(0)
     rows = []
     for pair in range(PAIRS):
@@ -70,14 +44,15 @@ def measure(folder: Path) -> list[dict[str, float]]:
             others = [o for o in SPACE.groups[place].options if o != first[place]]
             second[place] = others[rng.integers(len(others))]
         parent, child = POINTS.index(tuple(first)), POINTS.index(tuple(second))
-        weights = dequantize_(trained(parent, model, STEPS)[0])
+        weights = dequantize_(quantized(parent, data, model, model, STEPS))
         row: dict[str, float] = {"parent": parent, "child": child, "changes": changes}
         for name, start, steps in (
             ("cold", model, STEPS),
             ("warm", weights, STEPS),
             ("cold_twice", model, 2 * STEPS),
         ):
-            _, row[f"{name}_accuracy"], row[f"{name}_loss"] = trained(child, start, steps)
+            result = validated(quantized(child, data, model, start, steps), data)
+            row |= {f"{name}_accuracy": result.metric, f"{name}_loss": result.loss}
         rows.append(row)
         print(row, flush=True)
     return rows
