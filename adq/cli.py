@@ -4,21 +4,24 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 somet
 mend (one line says what), 130 interrupted. Heavy imports happen inside the commands.
 """
 
-import inspect
 import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adq import cluster
+from adq.doctor_command import doctor
+from adq.options import ConfigFile, Json, with_study_options
 from adq.quant.errors import InputError
-from adq.search.config import OPTIONS, make_config, option_name, read_toml
+from adq.search.config import EXECUTION, OPTIONS, make_config, read_toml
 
 if TYPE_CHECKING:
     from adq.search.folder import StudyFolder
@@ -33,57 +36,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_TYPES = {
-    "text": str,
-    "whole": int,
-    "number": float,
-    "share": float,
-    "weight-bits": str,
-    "act-bits": str,
-    "ties": str,
-    "layers": str,
-    "epochs": str,
-    "duration": str,
-}
-
 Name = Annotated[str, typer.Argument(help="the study's name, or the path of its folder")]
 Limit = Annotated[float | None, typer.Option(help="only models within it, as in a search")]
 Out = Annotated[str | None, typer.Option("--out", help="the folder that holds the studies")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="a study file (TOML) with the same names as keys")
-]
-
-
-def _with_study_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**values` one option for each field of StudyConfig."""
-    own = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD
-    ]
-    generated = []
-    for f in OPTIONS.values():
-        default = f.default
-        if default is not None:
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f.metadata["help"] + ("" if default is None else f" [{shown}]")
-        option = typer.Option(f"--{option_name(f)}", help=text, show_default=False)
-        kind = _TYPES[f.metadata["kind"]]
-        generated.append(
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
-        )
-    parameters = [*own, *generated]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
 
 
 @app.callback(invoke_without_command=True)
-@_with_study_options
+@with_study_options
 def run(
     context: typer.Context, config: ConfigFile = None, as_json: Json = False, **values: Any
 ) -> None:
@@ -112,6 +71,7 @@ def run(
 
 
 @app.command()
+@partial(with_study_options, names=EXECUTION)
 def resume(
     context: typer.Context,
     name: Name,
@@ -121,8 +81,9 @@ def resume(
     ] = None,
     out: Out = None,
     as_json: Json = False,
+    **execution: Any,
 ) -> None:
-    """Bring a study that was stopped to its end, or extend a finished one."""
+    """Bring a study that was stopped to its end, work along with others, or extend it."""
     from adq.search.api import resume
 
     with _stoppable(), _observer() as observer:
@@ -132,6 +93,7 @@ def resume(
             trials=trials,
             time_budget=time_budget,
             observer=observer,
+            **execution,
         )
     _print_front(front, as_json)
 
@@ -273,7 +235,7 @@ def compare(
 
 
 @app.command()
-@_with_study_options
+@with_study_options
 def sensitivity(
     context: typer.Context,
     file: Annotated[
@@ -343,7 +305,7 @@ def sensitivity(
 
 
 @app.command()
-@_with_study_options
+@with_study_options
 def profile(
     context: typer.Context,
     file: Annotated[str, typer.Argument(help="the table to write (JSON), for --latency")],
@@ -388,6 +350,10 @@ def profile(
     for note in table.notes:
         print(note, file=sys.stderr)
     print(f"{file}: {table.device}, batch {table.batch}; use it with --latency {file}")
+
+
+cluster.register(app)
+app.command()(doctor)
 
 
 def _out(context: typer.Context, own: str | None) -> str:
@@ -490,17 +456,9 @@ def _print_front(front: "Front", as_json: bool) -> None:
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from adq.console import print_table
 
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)  # a file or a pipe has no width to fold at
-    console.print(table, highlight=False, markup=False)
+    print_table(header, rows)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Progress on the terminal: bars where there is one, plain lines where there is none. On stderr."""
+"""What is shown on the terminal: progress on stderr, in bars or, where it is none, in plain lines;
+tables on stdout."""
 
 import sys
 import time
 from types import TracebackType
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -14,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from adq.search.observer import Observer
@@ -87,3 +90,14 @@ class BarObserver(Observer):
 
     def message(self, text: str) -> None:
         self._live.console.print(text, highlight=False, markup=False)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output."""
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # a file or a pipe has no width to fold at
+    console.print(table, highlight=False, markup=False)

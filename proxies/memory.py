@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adq.quant.batches import Batch, batch_size, micro_batches
-from adq.quant.errors import InputError
+from adq.quant.errors import InputError, out_of_memory
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def in_halves(
     try:
         result = compute(batch)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         if n == 1:
             raise InputError(
@@ -44,12 +44,6 @@ def in_halves(
     say(f"out of memory with {n} samples at once: going on with {(n + 1) // 2}")
     for part in micro_batches([batch], (n + 1) // 2):
         yield from in_halves(compute, part, say)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # other devices than CUDA, and its libraries, have no class of their own
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 @contextmanager

@@ -15,6 +15,11 @@ apply        put a bit vector on a model, take it off
 fold         BatchNorm into the layer before it
 calibrate    input samples, BatchNorm statistics
 qat          the training loop
+optimizer    what it steps with
+distillation what it learns from a teacher
+parallel     ranks that train one model together
+batchnorm    BatchNorm over their samples
+checkpoint   the state of a training in a file
 oscillation  weights that flip between levels
 progressive  training that comes down to its bits in stages
 evaluate     loss and metric with standard error

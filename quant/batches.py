@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,15 @@ def batch_size(batch: Batch) -> int:
     return first_tensor(batch[0]).shape[0]
 
 
+def count_batches(batches: Batches, seed: int) -> int:
+    """The number of batches in a pass: by `len`, or by going through them once."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        with seeded(seed):
+            return sum(1 for _ in batches)
+
+
 def take_samples(batches: Batches, samples: int) -> list[Batch]:
     """The leading batches, until at least `samples` samples are there (the last one cut)."""
     taken: list[Batch] = []
@@ -49,7 +59,7 @@ def take_samples(batches: Batches, samples: int) -> list[Batch]:
     for inputs, targets in batches:
         n = batch_size((inputs, targets))
         if n > missing:
-            inputs, targets = _part(inputs, 0, missing), _part(targets, 0, missing)
+            inputs, targets = part(inputs, 0, missing), part(targets, 0, missing)
         taken.append((inputs, targets))
         missing -= n
         if missing <= 0:
@@ -61,7 +71,22 @@ def micro_batches(batches: Batches, size: int) -> Iterator[Batch]:
     """The same samples in batches of at most `size`."""
     for inputs, targets in batches:
         for start in range(0, batch_size((inputs, targets)), size):
-            yield _part(inputs, start, start + size), _part(targets, start, start + size)
+            yield part(inputs, start, start + size), part(targets, start, start + size)
+
+
+def parts_of(batch: Batch, samples: int, parts: int) -> list[tuple[Batch, int]]:
+    """The batch of so many samples in parts, and how many each has; sizes differ by one at most.
+
+    An empty part gets the first sample, which does not count.
+    """
+    if parts == 1:
+        return [(batch, samples)]
+    bounds = [i * samples // parts for i in range(parts + 1)]
+    found = []
+    for start, stop in pairwise(bounds):
+        cut = (start, stop) if stop > start else (0, 1)
+        found.append(((part(batch[0], *cut), part(batch[1], *cut)), stop - start))
+    return found
 
 
 def resized(inputs: Any, samples: int) -> Any:
@@ -71,13 +96,14 @@ def resized(inputs: Any, samples: int) -> Any:
     return type(inputs)(resized(part, samples) for part in inputs)
 
 
-def _part(value: Any, start: int, stop: int) -> Any:
+def part(value: Any, start: int, stop: int) -> Any:
+    """Samples start..stop − 1 of every tensor in a batch, or in one half of it."""
     if isinstance(value, Tensor):
         return value[start:stop]
     if isinstance(value, tuple | list):
-        return type(value)(_part(v, start, stop) for v in value)
+        return type(value)(part(v, start, stop) for v in value)
     if isinstance(value, dict):
-        return {k: _part(v, start, stop) for k, v in value.items()}
+        return {k: part(v, start, stop) for k, v in value.items()}
     return value
 
 
@@ -94,14 +120,19 @@ def seeded(seed: int) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        reseed(seed)
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def reseed(seed: int) -> None:
+    """Set the random states of torch, numpy and random from `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def random_state() -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adq.quant.batches import Batches, batch_size, device_of, evaluating, forward, to_device
+from adq.quant.batches import Batch, Batches, batch_size, device_of, evaluating, forward, to_device
 from adq.quant.errors import InputError, NonFiniteLossError
+from adq.quant.parallel import group_of
 from adq.quant.qat import Loss
 
 Metric = Callable[[Any, Any], Tensor]
@@ -31,38 +34,55 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, loss: Loss, metric: Metric) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Batches, loss: Loss, metric: Metric, *, parallel: bool = False
+) -> Evaluation:
     """Evaluate in eval mode; a short last batch counts by its samples, not as a full one.
+
+    With `parallel`, the ranks of torch.distributed's process group deal the batches out among them,
+    each whole, and all return what one process would, to the bit on equal devices. All must call
+    this with the same model, batches and random state.
 
     Raises NonFiniteLossError on a nan or infinite loss, InputError when there is no sample or the
     metric gives anything but one value per sample.
     """
-    device = device_of(model)
-    total_loss, values = 0.0, []
-    with evaluating(model):
-        for batch in batches:
-            inputs, targets = to_device(batch, device)
-            outputs = forward(model, inputs)
-            n = batch_size(batch)
-            total_loss += loss(outputs, targets).item() * n
-            per_sample = metric(outputs, targets)
-            if per_sample.shape != (n,):
-                raise InputError(
-                    f"the metric must give one value per sample, shape ({n},); it gave shape "
-                    f"{tuple(per_sample.shape)}"
-                )
-            values.append(per_sample.double().cpu())
-    if not values:
+    group = group_of(parallel, device_of(model))
+
+    def own() -> list[tuple[int, float, Tensor]]:
+        with evaluating(model):
+            return [
+                (number, *_results(model, batch, loss, metric))
+                for number, batch in group.deal(batches)
+            ]
+
+    found = sorted(chain(*group.gather(own)), key=itemgetter(0))
+    if not found:
         raise InputError("the evaluation batches are empty: expected at least one batch")
-    all_values = torch.cat(values)
+    if found[-1][0] != len(found) - 1:
+        raise InputError("the ranks have different numbers of batches: give all the same")
+    all_values = torch.cat([values for _, _, values in found])
     samples = all_values.numel()
-    mean_loss = total_loss / samples
+    mean_loss = sum(total for _, total, _ in found) / samples
     if not math.isfinite(mean_loss):
         raise NonFiniteLossError(f"the evaluation loss is {mean_loss}: check the data and the loss")
     if not all_values.isfinite().all():
         raise NonFiniteLossError("the metric is nan or infinite for some sample: check the metric")
     spread = all_values.std(correction=1).item() if samples > 1 else 0.0
     return Evaluation(mean_loss, all_values.mean().item(), spread / math.sqrt(samples), samples)
+
+
+def _results(model: nn.Module, batch: Batch, loss: Loss, metric: Metric) -> tuple[float, Tensor]:
+    """The sum of the loss over the batch's samples and their metric, float64."""
+    inputs, targets = to_device(batch, device_of(model))
+    outputs = forward(model, inputs)
+    n = batch_size(batch)
+    per_sample = metric(outputs, targets)
+    if per_sample.shape != (n,):
+        raise InputError(
+            f"the metric must give one value per sample, shape ({n},); it gave shape "
+            f"{tuple(per_sample.shape)}"
+        )
+    return loss(outputs, targets).item() * n, per_sample.double().cpu()
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """The training loop: FP32 training and quantization-aware fine-tuning alike."""
 
-import io
 import math
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,31 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adq.quant.batches import (
     Batch,
     Batches,
     batch_size,
+    count_batches,
     device_of,
     evaluating,
     forward,
+    parts_of,
     random_state,
     seeded,
     set_random_state,
     to_device,
 )
+from adq.quant.batchnorm import BatchNormOverRanks
+from adq.quant.checkpoint import epochs_before, read_state, write_state
+from adq.quant.distillation import distillation_loss, distils
 from adq.quant.errors import InputError, NonFiniteLossError
-from adq.quant.files import atomic_path
 from adq.quant.flat import WEIGHTS_PER_LEVEL, FlatWeights, flats_of, tracking
 from adq.quant.modules import ActivationQuantizer, AdaptiveWeight, WeightQuantizer
+from adq.quant.optimizer import new_optimizer, schedule
 from adq.quant.oscillation import Flips
+from adq.quant.parallel import ALONE, Group, group_of
 from adq.quant.scheme import OPTIMIZERS, Amp, Optimizer
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> mean loss of the batch, a scalar."""
 
-CHECKPOINT = "adq-training/1"
+CHECKPOINT = "adq-training/2"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class TrainingConfig:
     freeze_above     frequency from which oscillating weights are frozen, see `oscillation`; the
                      paper's are 0.01 to 0.1; off if not given
     checkpoint_every steps between checkpoints, beside those at the end of each epoch; 0 for none
+    parts            into which each batch is cut to save memory: one optimizer step from the sum of
+                     their gradients, weighted by samples, which is the batch's but for BatchNorm,
+                     whose statistics are those of a part; never of fewer than two samples
     """
 
     epochs: int
@@ -76,6 +82,7 @@ class TrainingConfig:
     dampening: float = 0.0
     freeze_above: float | None = None
     checkpoint_every: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -89,6 +96,8 @@ class TrainingConfig:
                 f"epochs, checkpoint_every: expected 0 or more, got {self.epochs} and "
                 f"{self.checkpoint_every}"
             )
+        if self.parts < 1:
+            raise InputError(f"parts: expected 1 or more, got {self.parts}")
         shares = (
             "distillation",
             "weight_decay",
@@ -133,41 +142,43 @@ def train_(
     *,
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
+    parallel: bool = False,
+    earlier: Sequence[Epoch] = (),
 ) -> list[Epoch]:
     """Train `model` in place; returns what is known of each epoch.
 
     Codebooks of quantized layers follow the weights at every step. Everything random (data order,
     augmentation, dropout) comes from `seed` and the epoch's number, so that a run repeats. A
-    `teacher` (the FP32 model) is used where outputs are class scores, see `distils`.
+    `teacher` (the FP32 model) is used where outputs are class scores, see
+    `distillation.distils`.
 
     With a `checkpoint`, the whole state is kept in that file, and a run that finds it there goes
-    on from it, to the same weights as a run that was never interrupted.
+    on from it, to the same weights as a run that was never interrupted. It may go on with other
+    `parts` and on other ranks. `earlier` are the epochs of trainings before this one that used the
+    same file; one that holds fewer of them is theirs, and is replaced.
 
-    Raises NonFiniteLossError at the first step whose loss is nan or infinite, InputError for a
-    checkpoint of another run.
+    With `parallel`, all ranks of torch.distributed's process group train the one model, each on its
+    share of every batch (see `parallel.Group.shares`); all must call this alike and end alike.
+    BatchNorm takes the statistics of the whole batch, the gradient is that of the mean loss over
+    its samples, and the end is what one process reaches with the whole batches, but for rounding:
+    weights agree to 1e-3 of the largest of their tensor in single precision and to 1e-9 in double
+    over some tens of steps, while no weight or activation lies within rounding of a threshold. The
+    worst are scales and biases before BatchNorm: their gradient is little but rounding, which AdamW
+    divides by its size. This is for losses that are means over samples, and not where dropout or
+    augmentation draws at random: each rank has its own draws. A compiled model runs uncompiled.
+
+    Ranks begin with rank 0's model. They then stay equal bit for bit: a sum over ranks is the same
+    on all, the optimizer works on each element by itself, and codebooks and all other buffers are
+    rank 0's after each step, since a GPU may add up their statistics in another order each time.
+
+    Raises NonFiniteLossError at the first step whose loss is nan or infinite, CheckpointError for a
+    damaged checkpoint, InputError for one of another run; on all ranks.
     """
-    return _Run(model, batches, loss, config, seed, teacher, checkpoint).train(on_epoch)
-
-
-def distils(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are class scores (N, C, ...) for whole-number targets (N, ...), C >= 2."""
-    return (
-        isinstance(outputs, Tensor)
-        and isinstance(targets, Tensor)
-        and outputs.is_floating_point()
-        and outputs.dim() >= 2
-        and outputs.shape[1] >= 2
-        and targets.dtype in (torch.int64, torch.int32, torch.uint8)
-        and targets.shape == outputs.shape[:1] + outputs.shape[2:]
-    )
-
-
-def distillation_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher/T) ‖ softmax(outputs/T)) over dimension 1, mean over the rest."""
-    log_p = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
-    log_q = F.log_softmax(outputs.float() / temperature, dim=1)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
-    return divergence.mean() * temperature**2
+    group = group_of(parallel, device_of(model))
+    run = _Run(model, batches, loss, config, seed, teacher, checkpoint, group, earlier)
+    # a compiled model would not ask the other ranks for their statistics
+    with torch.compiler.set_stance("force_eager") if parallel else nullcontext():
+        return run.train(on_epoch)
 
 
 class _Run:
@@ -182,13 +193,18 @@ class _Run:
         seed: int,
         teacher: nn.Module | None,
         checkpoint: Path | None,
+        group: Group = ALONE,
+        earlier: Sequence[Epoch] = (),
     ) -> None:
         self.model, self.batches, self.loss = model, batches, loss
         self.config, self.seed = config, seed
         self.teacher = teacher if config.distillation > 0 else None
-        self.checkpoint = checkpoint
-        self.device = device_of(model)
-        self.optimizer = _optimizer(model, config)
+        self.checkpoint, self.earlier = checkpoint, list(earlier)
+        self.device, self.group = device_of(model), group
+        self.norms = BatchNormOverRanks(group) if group.distributed else None
+        self.optimizer = new_optimizer(
+            model, config.optimizer, config.lr, config.momentum, config.weight_decay
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.flat = _flat(model, config)
         self.flips = None if self.flat is None else Flips(self.flat, config.freeze_above)
@@ -198,17 +214,19 @@ class _Run:
         self.sums: dict[str, Any] = {}  # of this epoch
 
     def train(self, on_epoch: Callable[[int, float], None] | None) -> list[Epoch]:
-        steps = _count(self.batches, self.seed)
+        steps = count_batches(self.batches, self.seed)
         if steps == 0:
             raise InputError("the training batches are empty: expected at least one batch")
         self.total = self.config.epochs * steps
         random = self._load()
+        self.group.copy_first_([*self.model.parameters(), *self.model.buffers()])
         while len(self.epochs) < self.config.epochs:
             epoch = len(self.epochs)
             self.model.train()
             with seeded(self.seed * 10_007 + epoch):
-                for batch in self._rest_of_epoch(random):
-                    self._train_on(to_device(batch, self.device))
+                for batch, counts in self._rest_of_epoch(random):
+                    with self.group.stream(self.seed, epoch, self.batch):
+                        self._train_on(to_device(batch, self.device), counts)
                     every = self.config.checkpoint_every
                     if every and self.step % every == 0:
                         self._save()
@@ -225,50 +243,70 @@ class _Run:
         self.model.eval()
         return self.epochs
 
-    def _rest_of_epoch(self, random: dict[str, Any] | None) -> Iterator[Batch]:
-        """The batches that this epoch has not seen yet.
+    def _rest_of_epoch(self, random: dict[str, Any] | None) -> Iterator[tuple[Batch, list[int]]]:
+        """The batches that this epoch has not seen yet, and how many samples each rank has.
 
         Those seen are drawn again and dropped, and the random state is set to what it was then.
         """
-        batches = iter(self.batches)
+        batches = self.group.shares(self.batches)
         for _ in range(self.batch):
             next(batches, None)
-        if random is not None:
-            set_random_state(random)
+        if random is not None and not self.group.distributed:
+            set_random_state(random)  # ranks draw nothing but data from it, and have done so again
         for batch in batches:
             self.batch += 1
             yield batch
 
-    def _train_on(self, batch: Batch) -> None:
-        inputs, targets = batch
+    def _train_on(self, batch: Batch, counts: Sequence[int] | None = None) -> None:
+        """One step on a batch, or on this rank's share of it, of which each rank has so many."""
         config = self.config
+        counts = [batch_size(batch)] if counts is None else counts
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(self.step, self.total, config.warmup)
+            group["lr"] = config.lr * schedule(self.step, self.total, config.warmup)
         adapting = self.flat if self._adapts() else None
-        with nullcontext() if adapting is None else tracking(adapting):
-            value = self._loss_of(inputs, targets)
-        number = value.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        number = self._backward(batch, counts, adapting)
         if not math.isfinite(number):
             raise NonFiniteLossError(
                 f"the training loss became {number} in epoch {len(self.epochs) + 1}, step "
                 f"{self.batch}: check the data and the loss, or lower the learning rate "
                 f"({config.lr:g})"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(value).backward()
         if self.flat is not None and self.flips is not None:
             self._add("flips", self.flips.step())
         if adapting is not None and config.codebook_decay is not None:
             self._add("dead", adapting.update(config.codebook_decay, config.weights_per_level))
             self._add("updates", 1)
+        self.group.copy_first_(list(self.model.buffers()))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.flips is not None:
             self.flips.hold_()
-        n = batch_size(batch)
-        self._add("loss", number * n)
-        self._add("samples", n)
+        self._add("loss", number * sum(counts))
+        self._add("samples", sum(counts))
         self.step += 1
+
+    def _backward(self, batch: Batch, counts: Sequence[int], adapting: FlatWeights | None) -> float:
+        """The loss of the whole batch, Σ n_i/n·L_i over its parts on all ranks, and its gradient.
+
+        Dampening is added once, by rank 0.
+        """
+        passes = min(self.config.parts, max(1, max(counts) // 2))
+        parts = parts_of(batch, counts[self.group.rank], passes)
+        losses = []
+        with nullcontext() if self.norms is None else self.norms:
+            for i, ((inputs, targets), n) in enumerate(parts, 1):
+                if self.norms is not None:
+                    self.norms.counts = n > 0
+                # the weights are the same for all parts
+                with nullcontext() if adapting is None or i < passes else tracking(adapting):
+                    value = self._loss_of(inputs, targets) * (n / max(1, sum(counts)))
+                if i == passes and self.group.rank == 0:
+                    value = self._dampened(value)
+                self.scaler.scale(value).backward()
+                losses.append(value.detach())
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self.group.sum_gradients_(parameters, torch.stack(losses).sum()).item()
 
     def _adapts(self) -> bool:
         if self.config.codebook_decay is None or self.flat is None or not self.flat.adaptive:
@@ -291,10 +329,13 @@ class _Run:
                     taught = forward(self.teacher, inputs)
                 distance = distillation_loss(outputs, taught, config.temperature)
                 value = torch.lerp(value.float(), distance, config.distillation)
-        if config.dampening and self.flat is not None:
-            rise = 0.5 * (1 - math.cos(math.pi * self.step / self.total))
-            value = value + config.dampening * rise * self.flat.distance()
         return value
+
+    def _dampened(self, value: Tensor) -> Tensor:
+        if not self.config.dampening or self.flat is None:
+            return value
+        rise = 0.5 * (1 - math.cos(math.pi * self.step / self.total))
+        return value + self.config.dampening * rise * self.flat.distance()
 
     def _add(self, name: str, value: Any) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -318,10 +359,11 @@ class _Run:
         }
         return {
             "schema": CHECKPOINT,
-            "config": asdict(self.config),
+            "config": {k: v for k, v in asdict(self.config).items() if k != "parts"},
             "seed": self.seed,
             "quantizers": quantizers,
             "steps": self.total,
+            "earlier": [asdict(epoch) for epoch in self.earlier],
             "teacher": self.teacher is not None,
         }
 
@@ -340,23 +382,15 @@ class _Run:
             "sums": self.sums,
             "random": random_state(),
         }
-        with atomic_path(self.checkpoint) as temporary:
-            buffer = io.BytesIO()  # what the disk refuses torch.save calls a RuntimeError
-            torch.save(state, buffer)
-            temporary.write_bytes(buffer.getbuffer())
+        write_state(self.checkpoint, state, self.group)
 
     def _load(self) -> dict[str, Any] | None:
         """Take up the checkpoint, if there is one; the random state in the middle of an epoch."""
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None:
             return None
-        try:
-            with zipfile.ZipFile(self.checkpoint) as archive:  # torch looks at no checksums
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"{broken} does not match its checksum")
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:  # noqa: BLE001 (torch.load fails in many ways on a damaged file)
-            text = " ".join(str(error).split())[:200]
-            raise InputError(f"checkpoint {self.checkpoint} is damaged ({text})") from None
+        state = read_state(self.checkpoint, self.device, self.group)
+        if state is None or len(epochs_before(state)) < len(self.earlier):
+            return None
         if not isinstance(state, Mapping) or any(
             state.get(key) != value for key, value in self._identity().items()
         ):
@@ -402,47 +436,3 @@ def _flat(model: nn.Module, config: TrainingConfig) -> FlatWeights | None:
             "level is split: leave out codebook_decay, or set split_dead=False"
         )
     return flats[0]
-
-
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear rise, then half a cosine to zero; in [0, 1]."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    # a pass may give more batches than the one that was counted: the rate then stays at its end
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
-
-
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    groups = _parameter_groups(model, config.weight_decay)
-    if not any(group["params"] for group in groups):
-        raise InputError("there is nothing to train: no parameter requires a gradient")
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    m = config.momentum  # torch refuses Nesterov without any
-    return torch.optim.SGD(groups, lr=config.lr, momentum=m, nesterov=m > 0)
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    quantizers = (WeightQuantizer, ActivationQuantizer)
-    learned = {
-        p for m in model.modules() if isinstance(m, quantizers) for p in m.parameters()
-    }  # scales and thresholds: pulled to zero they would shrink the range
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (plain if parameter.dim() < 2 or parameter in learned else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-
-
-def _count(batches: Batches, seed: int) -> int:
-    """The number of batches in a pass: by `len`, or by going through them once."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        with seeded(seed):
-            return sum(1 for _ in batches)

@@ -44,12 +44,16 @@ def resume(
     trials: int | None = None,
     time_budget: float | str | None = None,
     observer: Observer = SILENT,
+    **execution: Any,
 ) -> Front:
     """Bring the study `name` to its end; returns its front.
 
+    Where other processes are at it, this one works along.
+
     `task` is needed when the study was started with a Task object. `trials` raises the number of
     candidates, `time_budget` (seconds, or text like `30m`) the time for all of it, and so both
-    extend a finished study.
+    extend a finished study. `execution` are the options `executor`, `workers`, `gpus_per_trial`,
+    `cpus_per_trial`, `address` and `checkpoints`, for this time.
 
     Raises InputError when there is no such study, or when it is damaged.
     """
@@ -60,6 +64,7 @@ def resume(
         observer,
         trials=trials,
         time_budget=time_budget,
+        **execution,
     )
 
 

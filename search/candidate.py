@@ -23,7 +23,7 @@ from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector
 from adq.search.problem import Problem
 
-SCHEMA = "adq-record/2"
+SCHEMA = "adq-record/3"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Record:
     taken for it. It is None when training failed, and `error` says why, and when the candidate was
     not trained that far. `test` is filled for final candidates only, and nothing chooses by it.
     `weights` names a packed file in the study folder. `parent` is the trial whose weights the
-    training began from, FP32's where None. `told` is the trial's place in the order in which
-    results were told to the sampler, None while it has none.
+    training began from, FP32's where None. `parts` is into how many parts each batch was cut for
+    want of memory.
     """
 
     id: str
@@ -67,7 +67,7 @@ class Record:
     error: str | None = None
     rungs: tuple[Rung, ...] = ()
     parent: str | None = None
-    told: int | None = None
+    parts: int = 1
 
     @property
     def state(self) -> str:
@@ -119,6 +119,9 @@ def train_candidate(
     save_to: Path | None = None,
     keep_in: Path | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
+    checkpoint: Path | None = None,
+    parts: int = 1,
+    parallel: bool = False,
 ) -> Record:
     """Quantize a copy of the FP32 model, fine-tune it, re-estimate BatchNorm, evaluate.
 
@@ -129,6 +132,10 @@ def train_candidate(
     the same, and so are the input ranges: measured on the model that is started from, they change
     the validation loss after one epoch by −0.0010 ± 0.0011 (digits, 24 candidates). The packed
     model goes to the file `save_to`.
+
+    A training whose file `checkpoint` is there goes on from it. `parts` is into how many parts a
+    batch is cut for want of memory, with summed gradients. With `parallel` all ranks of torch's
+    process group train the candidate together, see `train_`.
     A loss that becomes nan or infinite gives a record with an error instead of results.
     """
     started = time.monotonic()
@@ -141,11 +148,11 @@ def train_candidate(
         log: list[Epoch] = []
         validation = test = error = weights = None
         try:
-            training = config.training(epochs, problem.device.type)
+            training = replace(config.training(epochs, problem.device.type), parts=parts)
             data = (task.train, task.loss, training, seed, on_epoch)
             if config.start_bits is None:
                 quantize_(model, bits, ranges, config.scheme)
-                log = train_(model, *data, teacher=fp32)
+                log = train_(model, *data, teacher=fp32, checkpoint=checkpoint, parallel=parallel)
             else:
                 log = train_progressively_(
                     model,
@@ -155,12 +162,17 @@ def train_candidate(
                     scheme=config.scheme,
                     start=config.start_bits,
                     teacher=fp32,
+                    checkpoint=checkpoint,
+                    parallel=parallel,
                 )
             if config.batchnorm == "reestimate":
                 reestimate_batchnorm_(model, problem.calibration)
-            validation = evaluate(model, task.validation, task.loss, task.metric)
-            if final:
-                test = evaluate(model, task.test, task.loss, task.metric)
+            splits = (task.validation, task.test) if final else (task.validation,)
+            validation, *rest = [
+                evaluate(model, split, task.loss, task.metric, parallel=parallel)
+                for split in splits
+            ]
+            test = rest[0] if final else None
         except NonFiniteLossError as failure:
             validation, error = None, str(failure)
         else:
@@ -185,6 +197,35 @@ def train_candidate(
         weights=weights,
         error=error,
         rungs=(Rung(epochs, validation, seconds),),
+        parts=parts,
+    )
+
+
+def failed_record(
+    problem: Problem,
+    bits: BitVector,
+    id: str,
+    epochs: int,
+    error: str,
+    seconds: float = 0.0,
+    parts: int = 1,
+) -> Record:
+    """The record of a training that came to nothing."""
+    return Record(
+        id=id,
+        bits=bits,
+        seed=problem.config.seed,
+        epochs=epochs,
+        costs=problem.costs.costs(bits),
+        train_losses=(),
+        flips=(),
+        dead_levels=(),
+        validation=None,
+        test=None,
+        seconds=seconds,
+        error=error,
+        rungs=(Rung(epochs, None, seconds),),
+        parts=parts,
     )
 
 

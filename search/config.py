@@ -47,6 +47,10 @@ PROXIES = (
 WEIGHT_PROXIES = ("hessian",)
 """Those that say nothing of inputs."""
 
+EXECUTORS = ("auto", "local", "ray")
+EXECUTION = ("executor", "workers", "gpus_per_trial", "cpus_per_trial", "address", "checkpoints")
+"""Options that say how and where trainings run: a study may be resumed with others."""
+
 SAMPLERS = ("adq", "tpe", "nsga2", "nsga3", "gp", "random")
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -171,9 +175,54 @@ class StudyConfig:
     )
     seed: int = _option(0, "whole", "seed of everything random", 0)
     device: str = _option("auto", "text", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
+    executor: str = _option(
+        "auto",
+        "text",
+        "local (in this process), ray (Ray Tune), or auto: ray where several workers or a cluster "
+        "are asked for, or this machine has several GPUs",
+    )
+    workers: int | None = _option(
+        None, "whole", "with ray, trainings at once; as many as there is room for if not given", 1
+    )
+    gpus_per_trial: float | None = _option(
+        None,
+        "number",
+        "with ray, GPUs of a training: a share, like 0.5, or several; 1 where there are any",
+        0,
+    )
+    cpus_per_trial: int | None = _option(
+        None, "whole", "CPU threads of a training; all of them locally, 1 with ray", 1
+    )
+    ranks: int | None = _option(
+        None,
+        "whole",
+        "with ray, processes that train a candidate together, on batches cut among them; one for "
+        "each of its GPUs if not given",
+        1,
+    )
+    window: int | None = _option(
+        None,
+        "whole",
+        "trainings that may be under way at once: each is chosen by the results of all but so many "
+        "before it, so that results do not depend on which worker is fast; 1 locally and with "
+        "ray twice --workers, three times those above 64",
+        1,
+    )
+    address: str | None = _option(
+        None, "text", "the Ray cluster: auto, or HOST:PORT; one on this machine if not given"
+    )
+    checkpoints: str | None = _option(
+        None,
+        "text",
+        "folder or URL (s3://...) for checkpoints of running trainings; the study's folder if not "
+        "given",
+    )
     study: str | None = _option(None, "text", "the study's name; TASK-1, TASK-2, ... if not given")
     storage: str | None = _option(
-        None, "text", "Optuna storage URL (sqlite:///..., postgresql://...); a file in the study"
+        None,
+        "text",
+        "where trials are kept: sqlite:///FILE, postgresql://..., or journal:FILE; a file in the "
+        "study's folder if not given",
     )
     out: str = _option("runs", "text", "the folder that holds the studies")
 
@@ -193,6 +242,7 @@ class StudyConfig:
         words_of = {
             "amp": AMPS,
             "batchnorm": BATCHNORM,
+            "executor": EXECUTORS,
             "gradient_checkpoints": SWITCH,
             "sampler": SAMPLERS,
             "warm_start": SWITCH,

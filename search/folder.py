@@ -1,4 +1,4 @@
-"""The folder of one study: what is where, made whole or not at all, and used by one process.
+"""The folder of one study: what is where, made whole or not at all.
 
 OUT/NAME/
   study.toml          the configuration as resolved
@@ -12,18 +12,19 @@ OUT/NAME/
   front.json, front.csv, front.png, report.html, best.safetensors, best.bits.json
   results.json        which point is best, and the uniform models beside the front
   clock.json          seconds that the study took so far
+  checkpoints/JOB     of trainings that are under way (unless --checkpoints names another place)
+  lock, drivers/, running/   which processes work on it, see `crew`
+  tune/               what Ray Tune records, for TensorBoard
 OUT/.cache/           FP32 weights by content key, shared by all studies of OUT
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import URL
@@ -34,6 +35,7 @@ from adq.search.candidate import Record
 from adq.search.config import StudyConfig, make_config, read_toml
 
 TRIALS, FINAL, MODELS, START = "trials", "final", "models", "start"
+CHECKPOINTS = "checkpoints"
 
 
 class Clock:
@@ -136,28 +138,6 @@ class StudyFolder:
             done = len(list((self.path / TRIALS).glob("*.json")))
             return f"searching, {done} of {self.config.trials} trials"
         return "preparing"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from working on this study.
-
-        The lock is the kernel's: it ends with the process, however that dies. Raises InputError
-        when another process holds it.
-        """
-        try:
-            handle = open(self.file("lock"), "a")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise InputError(f"cannot write in {self.path}: {error.strerror}") from None
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"study {self.name!r} is being run by another process: wait for it, or stop it"
-                ) from None
-            for leftover in self.path.rglob(".*.tmp"):  # of a process killed while it wrote
-                leftover.unlink(missing_ok=True)
-            yield
 
 
 def _record(path: Path) -> Record:

@@ -16,7 +16,7 @@ from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
 from adq.quant.files import atomic_path, read_json, write_json, write_tensors
 from adq.quant.qat import Epoch, TrainingConfig, train_
-from adq.search.config import OPTIONS, option_name
+from adq.search.config import EXECUTION, OPTIONS, option_name
 from adq.search.folder import StudyFolder
 from adq.search.observer import Observer
 from adq.search.problem import Problem
@@ -69,7 +69,7 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
                 "validation": asdict(validation),
                 "test": asdict(test),
                 "task_key": task_key(problem),
-                "options": _options(problem),
+                "options": fixed_options(problem),
             },
         )
     data = read_json(facts)
@@ -79,7 +79,7 @@ def fp32_model(problem: Problem, folder: StudyFolder, observer: Observer) -> Fp3
                 f"study {folder.name!r} is of an earlier version: start a new study, with the "
                 "options in its study.toml"
             )
-        before, now = data["options"], _options(problem)
+        before, now = data["options"], fixed_options(problem)
         if edited := [name for name, value in before.items() if now[name] != value]:
             name = edited[0]
             raise InputError(
@@ -190,6 +190,7 @@ RESUMABLE = (
     "trials",
     "time_budget",
     "device",
+    *EXECUTION,
     "study",
     "storage",
     "out",
@@ -198,7 +199,7 @@ RESUMABLE = (
 ways, or does not change the results."""
 
 
-def _options(problem: Problem) -> dict[str, Any]:
+def fixed_options(problem: Problem) -> dict[str, Any]:
     """The options that a study's results follow from, as JSON has them."""
     chosen = {k: v for k, v in asdict(problem.config).items() if k not in RESUMABLE}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}

@@ -72,31 +72,37 @@ class Lattice:
     def random(self, rng: np.random.Generator, count: int) -> Indices:
         return rng.integers(self.sizes, size=(count, len(self.sizes)))
 
-    def repair(self, point: Indices) -> Indices:
-        """The point itself if it fits, else lowered step by step until it does.
+    def repair(self, points: Indices) -> Indices:
+        """(..., groups) -> the same: each point itself if it fits, else lowered until it does.
 
         Each step takes the one with the least loss increase per cost saved, the cost being each
         exceeded budget's, relative to its limit. Where no step saves anything (an FP32 input takes
         no bytes: with fewer bits a group may grow), `anchor` with the point's options wherever
         they fit.
         """
-        point = point.copy()
-        totals = self.totals(point)
-        while (over := totals > self.limits).any():
-            weight = over / np.maximum(1, np.abs(self.limits))
-            lower = self._down[self._groups, point]  # (groups, steps), -1 where there is none
-            here = self.terms[self._groups, point]
-            saved = ((here[:, None] - self.terms[self._groups[:, None], lower]) * weight).sum(-1)
-            lost = self.scores[self._groups[:, None], lower]
-            lost = lost - self.scores[self._groups, point][:, None]
+        points = points.copy()
+        rows, groups = points.reshape(-1, points.shape[-1]), self._groups  # rows is a view
+        totals = self.totals(rows)
+        while len(left := np.flatnonzero((over := totals > self.limits).any(axis=1))):
+            weight = over[left] / np.maximum(1, np.abs(self.limits))
+            lower = self._down[groups, rows[left]]  # (points, groups, steps), -1 for none
+            here = self.terms[groups, rows[left]]
+            after = self.terms[groups[:, None], lower]
+            saved = ((here[:, :, None] - after) * weight[:, None, None]).sum(axis=-1)
+            lost = self.scores[groups[:, None], lower]
+            lost = lost - self.scores[groups, rows[left]][..., None]
             usable = (lower >= 0) & (saved > 0)
-            if not usable.any():
-                return self._towards(point)
             price = np.where(usable, lost / np.where(usable, saved, 1.0), np.inf)
-            g, step = np.unravel_index(int(price.argmin()), price.shape)
-            totals += self.terms[g, lower[g, step]] - here[g]
-            point[g] = lower[g, step]
-        return point
+            best = price.reshape(len(left), -1).argmin(axis=1)
+            for n, row in enumerate(left):
+                g, step = divmod(int(best[n]), lower.shape[-1])
+                if usable[n, g, step]:
+                    totals[row] += after[n, g, step] - here[n, g]
+                    rows[row, g] = lower[n, g, step]
+                else:
+                    rows[row] = self._towards(rows[row])
+                    totals[row] = self.totals(rows[row])
+        return points
 
     @cached_property
     def anchor(self) -> Indices:
@@ -173,4 +179,6 @@ def key(point: Indices) -> bytes:
 
 def keys(points: Indices) -> list[bytes]:
     """The `key` of each of many points."""
-    return [row.tobytes() for row in points.astype(np.int64)]
+    rows = points.astype(np.int64)
+    content, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+    return [content[i : i + width] for i in range(0, len(content), width)]

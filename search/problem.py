@@ -57,7 +57,8 @@ class Problem:
         alone, never from a timing, since the number of threads changes the last bits of sums.
         """
         macs = sum(layer.macs for layer in self.layers) * batch_size(self.calibration[0])
-        return 1 if macs < SMALL_BATCH_MACS else torch.get_num_threads()
+        given = self.config.cpus_per_trial or torch.get_num_threads()
+        return 1 if macs < SMALL_BATCH_MACS else given
 
     @property
     def ends(self) -> dict[str, float]:

@@ -6,34 +6,28 @@ running a study and resuming one are the same thing.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from optuna.study import StudyDirection
 
 from adq.proxies.base import Sensitivity
 from adq.quant.batches import threads
 from adq.quant.errors import InputError
-from adq.quant.export.packed import read_metadata
 from adq.quant.files import atomic_path, read_json, write_json, write_text
 from adq.quant.spec import BitVector
-from adq.search.candidate import Record, train_candidate
-from adq.search.config import StudyConfig
-from adq.search.folder import (
-    FINAL,
-    MODELS,
-    START,
-    TRIALS,
-    Clock,
-    StudyFolder,
-    create_study,
-)
+from adq.search.candidate import Record
+from adq.search.config import EXECUTION, StudyConfig, make_config
+from adq.search.crew import Crew
+from adq.search.executors.select import make_executor, settled
+from adq.search.files import FolderFiles, open_files
+from adq.search.final import FinalTraining
+from adq.search.folder import CHECKPOINTS, TRIALS, Clock, StudyFolder, create_study
 from adq.search.fp32 import Fp32, fp32_model, load_user_weights
 from adq.search.front import Front, best_record, front_records, point_of
+from adq.search.jobs import Bench, Executor, Job
 from adq.search.lattice import Lattice
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
@@ -42,13 +36,9 @@ from adq.search.samplers import make_sampler
 from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point as SeedPoint
 from adq.search.seeds import combined_scores, fits, make_seeds
-from adq.search.sensitivity import (
-    ensemble_of,
-    load_sensitivities,
-    sensitivities,
-    to_csv,
-)
-from adq.search.study import Job, StudyLoop, create_storage_study, run_trials
+from adq.search.sensitivity import ensemble_of, load_sensitivities, sensitivities, to_csv
+from adq.search.storage import StudyStorage, create_study_in
+from adq.search.study import StudyLoop
 from adq.search.task import Task
 
 RESULTS_SCHEMA = "adq-results/1"
@@ -63,13 +53,21 @@ def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front
     problem = make_problem(config, task)
     if config.weights is not None:
         load_user_weights(problem.initial_model, Path(config.weights))
+    with make_executor(config) as executor:
+        problem = replace(problem, config=settled(config, executor))
 
-    def add_storage(folder: StudyFolder) -> None:
-        create_storage_study(folder, problem, folder.config.study or "")
+        def add_storage(folder: StudyFolder) -> None:
+            create_study_in(
+                folder.storage_url,
+                folder.config.study or "",
+                [task.metric_name, *problem.objectives],
+                [StudyDirection.MAXIMIZE] + [StudyDirection.MINIMIZE] * len(problem.objectives),
+                observer.message,
+            )
 
-    folder = create_study(config, add_storage)
-    observer.message(f"study {folder.name} in {folder.path}")
-    return resume(folder, task, observer, problem)
+        folder = create_study(problem.config, add_storage)
+        observer.message(f"study {folder.name} in {folder.path}")
+        return _resume(folder, problem, folder.config, executor, observer)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,51 +78,159 @@ def resume(
     folder: StudyFolder,
     task: Task,
     observer: Observer = SILENT,
-    problem: Problem | None = None,
     trials: int | None = None,
     time_budget: float | str | None = None,
+    **execution: Any,
 ) -> Front:
     """Bring a study to its end from wherever it stands; on a finished one, its front.
 
-    `trials` and `time_budget` raise the number of candidates and the time for all of it. Earlier
-    results stay until new ones are written.
+    Where other processes are at it, this one works along. `trials` and `time_budget` raise the
+    number of candidates and the time for all of it; `execution` are the options that say how and
+    where trainings run (EXECUTION), for this time. Earlier results stay until new ones are written.
 
-    Raises InputError when the study is damaged, is being run by another process, or when the
-    user's task fails; Interrupted on Ctrl-C, once the front so far is written.
+    Raises InputError when the study is damaged or when the user's task fails; Interrupted on
+    Ctrl-C, once the front so far is written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with folder.locked():
+    if fixed := sorted(set(execution) - set(EXECUTION)):
+        raise InputError(
+            f"{fixed[0]}: expected one of {', '.join(EXECUTION)}, which alone may change when a "
+            "study is resumed, beside trials and time_budget"
+        )
+    config = folder.extended(trials, time_budget)
+    kept = config
+    config = make_config(vars(config), execution)
+    problem = make_problem(config, task)
+    with make_executor(config) as executor:
+        return _resume(folder, problem, kept, executor, observer)
+
+
+def _resume(
+    folder: StudyFolder,
+    problem: Problem,
+    kept: StudyConfig,
+    executor: Executor,
+    observer: Observer,
+) -> Front:
+    def waiting() -> None:
+        observer.message(f"waiting for another process that works on study {folder.name}")
+
+    with Crew(folder.path) as crew, threads(problem.threads):
         clock = Clock(folder.file("clock.json"))
-        config = folder.extended(trials, time_budget)
         finished = folder.file("results.json").exists()
-        if problem is None:
-            problem = make_problem(config, task)
-        with threads(problem.threads):
-            try:
-                fp32, finals, uniform = _run(problem, folder, config, clock, observer)
-                front = _results(problem, folder, fp32, finals, uniform, observer)
-            except KeyboardInterrupt:
-                clock.save()
-                raise Interrupted(_write_so_far(problem, folder)) from None
-            if not finished:
-                clock.save()
-            return front
+        try:
+            with crew.exclusive(waiting):
+                crew.sweep()
+                prepared = _prepare(problem, folder, kept, observer)
+            loop, final = _train_all(prepared, folder, clock, crew, executor, observer)
+            with crew.exclusive(waiting):
+                front = _results(problem, folder, prepared.fp32, loop, final, observer)
+        except KeyboardInterrupt:
+            clock.save()
+            raise Interrupted(_write_so_far(problem, folder)) from None
+        if not finished:
+            clock.save()
+        return front
 
 
-def _run(
-    problem: Problem, folder: StudyFolder, config: StudyConfig, clock: Clock, observer: Observer
-) -> tuple[Fp32, list[Record], list[Record]]:
-    """The FP32 model, and the final records of the front and of the uniform models."""
+@dataclass(frozen=True)
+class _Prepared:
+    fp32: Fp32
+    proposals: Proposals
+    bench: Bench
+
+
+def _prepare(
+    problem: Problem, folder: StudyFolder, kept: StudyConfig, observer: Observer
+) -> _Prepared:
+    """What the search starts from, measured once and kept in the folder."""
     fp32 = fp32_model(problem, folder, observer)
-    if config != folder.config:  # it was extended, and everything that can be checked is
-        write_text(folder.file("study.toml"), config.to_toml())
+    if kept != folder.config:  # it was extended, and everything that can be checked is
+        write_text(folder.file("study.toml"), kept.to_toml())
     found = sensitivities(problem, fp32.model, folder, observer)
     ranges = problem.call("measuring input ranges", lambda: problem.input_ranges(fp32.model))
-    train = partial(train_candidate, problem, fp32.model, ranges=ranges)
+    files = FolderFiles(folder.path)
+    shared = problem.config.checkpoints  # by several studies
+    where = folder.file(CHECKPOINTS) if shared is None else f"{shared.rstrip('/')}/{folder.name}"
+    logs = folder.file("tune")
+    bench = Bench(problem, fp32.model, ranges, files, open_files(str(where)), logs)
+    return _Prepared(fp32, _proposals(problem, folder, found), bench)
+
+
+def _train_all(
+    prepared: _Prepared,
+    folder: StudyFolder,
+    clock: Clock,
+    crew: Crew,
+    executor: Executor,
+    observer: Observer,
+) -> tuple[StudyLoop, FinalTraining]:
+    """Search, and train the front and the uniform models."""
+    bench = prepared.bench
+    problem, config = bench.problem, bench.problem.config
     uniform = _uniform_around(problem)
-    loop = StudyLoop(folder, problem, _proposals(problem, folder, found), clock, len(uniform))
-    _search(loop, train, observer)
-    return fp32, *_final(loop, train, uniform, observer)
+    storage = StudyStorage(folder.storage_url, folder.config.study or "", observer.message)
+    if storage.study_attr("folder") is None:  # it is no leftover of a study that was never begun
+        storage.set_study_attr("folder", folder.name)
+    loop = StudyLoop(folder, problem, prepared.proposals, clock, crew, storage, len(uniform))
+    observer.stage("search", config.trials)
+    for _ in loop.records:
+        observer.step("done before")
+    shown = best_record(loop.front) if loop.front else None
+
+    def heard(record: Record) -> None:
+        nonlocal shown
+        note = observer.step if len(record.rungs) == 1 else observer.note
+        note(_summary(problem, record))
+        now = best_record(loop.front) if loop.front else None
+        if now is not None and now is not shown:
+            observer.best(f"best so far {_summary(problem, now)}")
+        shown = now
+
+    def begin_final() -> FinalTraining:
+        loop.close()
+        if not loop.records:
+            raise InputError(f"no trial record in {folder.file(TRIALS)}: restore them")
+        if not loop.front:
+            errors = [record.error for record in loop.records.values() if record.error is not None]
+            raise InputError(f"every candidate failed; the last one: {errors[-1]}")
+        observer.message(loop.end)
+        chosen = {f"t{record.id}": record.bits for record in loop.front}
+        final = FinalTraining(folder, chosen | uniform, config.final_epochs, clock, crew)
+        observer.stage("final training", len(final.models))
+        for id in final.models:
+            if (record := final.record(id)) is not None:
+                observer.step(_summary(problem, record))
+        return final
+
+    both = _Phases(loop, begin_final)
+    executor.run(both, bench, heard)
+    assert both.final is not None
+    return loop, both.final
+
+
+class _Phases:
+    """The search and then final training as one `Source`, so that workers are kept."""
+
+    def __init__(self, loop: StudyLoop, begin_final: Callable[[], FinalTraining]) -> None:
+        self.loop, self._begin_final = loop, begin_final
+        self.final: FinalTraining | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.final is not None and self.final.done
+
+    def ask(self) -> Job | None:
+        if self.final is None:
+            job = self.loop.ask()
+            if job is not None or not self.loop.done:
+                return job
+            self.final = self._begin_final()
+        return self.final.ask()
+
+    def tell(self, job: Job, record: Record) -> Record:
+        source = self.loop if self.final is None else self.final
+        return source.tell(job, record)
 
 
 def _write_so_far(problem: Problem, folder: StudyFolder) -> str:
@@ -184,68 +290,6 @@ def _seeds(problem: Problem, folder: StudyFolder, found: list[Sensitivity]) -> l
     return points
 
 
-def _search(loop: StudyLoop, train: Callable[..., Record], observer: Observer) -> None:
-    problem, folder = loop.problem, loop.folder
-    if problem.config.warm_start == "on":
-        folder.file(START).mkdir(exist_ok=True)
-    observer.stage("search", problem.config.trials)
-    for _ in loop.records:
-        observer.step("done before")
-
-    def best() -> Record | None:
-        return best_record(loop.front) if loop.front else None
-
-    def evaluate(job: Job) -> Record:
-        start = None if job.parent is None else _load_start(folder, job.parent)
-        keep = problem.config.warm_start == "on" and job.rung == loop.ladder.top
-        record: Record = problem.call(
-            f"training candidate {job.id}",
-            partial(
-                train,
-                job.bits,
-                id=job.id,
-                epochs=job.epochs,
-                start=start,
-                keep_in=_start_path(folder, job.id) if keep else None,
-            ),
-        )
-        return record
-
-    shown = best()
-
-    def heard(record: Record) -> None:
-        nonlocal shown
-        (observer.step if len(record.rungs) == 1 else observer.note)(_summary(problem, record))
-        now = best()
-        if now is not None and now is not shown:
-            observer.best(f"best so far {_summary(problem, now)}")
-        shown = now
-
-    run_trials(loop, evaluate, heard)
-    observer.message(loop.end)
-    if not loop.records:
-        raise InputError(f"no trial record in {folder.file(TRIALS)}: restore them")
-    if not loop.front:
-        errors = [r.error for r in loop.records.values() if r.error is not None]
-        raise InputError(f"every candidate failed; the last one: {errors[-1]}")
-
-
-def _start_path(folder: StudyFolder, id: str) -> Path:
-    return folder.file(START) / f"{id}.safetensors"
-
-
-def _load_start(folder: StudyFolder, id: str) -> dict[str, Tensor]:
-    path = _start_path(folder, id)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}, which another trial starts from, is missing or damaged ({text}): restore it, "
-            "or start a new study"
-        ) from None
-
-
 def _summary(problem: Problem, record: Record) -> str:
     costs, found = record.costs, record.validation
     if record.error is not None:
@@ -258,55 +302,6 @@ def _summary(problem: Problem, record: Record) -> str:
         f"{record.id}{trained}: {problem.task.metric_name} {found.metric:.4f}, "
         f"loss {found.loss:.4f}, {costs.average_bits:.3f} bits, {costs.size_bytes / 1e3:.1f} kB"
     )
-
-
-def _final(
-    loop: StudyLoop,
-    train: Callable[..., Record],
-    uniform: dict[str, BitVector],
-    observer: Observer,
-) -> tuple[list[Record], list[Record]]:
-    """Final training of the front and of the uniform vectors around the budget, from FP32."""
-    problem, folder = loop.problem, loop.folder
-    chosen = {f"t{r.id}": r.bits for r in loop.front}
-    observer.stage("final training", len(chosen) + len(uniform))
-    done: list[Record] = []
-    for id, bits in (chosen | uniform).items():
-        record = _intact(folder, folder.read_record(FINAL, id))
-        twin = next((r for r in done if r.bits == bits), None)
-        if twin is not None:  # a uniform vector that is on the front is trained once
-            record = replace(twin, id=id)
-        elif record is None or record.bits != bits:
-            record = problem.call(
-                f"final training of {id}",
-                partial(
-                    train,
-                    bits,
-                    id=id,
-                    epochs=problem.config.final_epochs,
-                    final=True,
-                    save_to=folder.file(MODELS) / f"{id}.safetensors",
-                ),
-            )
-            folder.write_record(FINAL, record)
-            loop.clock.save()
-        done.append(record)
-        observer.step(_summary(problem, record))
-    finals = [r for r in done if r.id in chosen and r.error is None]
-    if not finals:
-        raise InputError(f"every final training failed; the last one: {done[-1].error}")
-    return finals, [r for r in done if r.id in uniform and r.error is None]
-
-
-def _intact(folder: StudyFolder, record: Record | None) -> Record | None:
-    """The record, or None where its packed weights are missing or damaged: they are made again."""
-    if record is None or record.weights is None:
-        return record
-    try:
-        read_metadata(folder.path / record.weights)
-    except InputError:
-        return None
-    return record
 
 
 def _uniform_around(problem: Problem) -> dict[str, BitVector]:
@@ -324,11 +319,17 @@ def _results(
     problem: Problem,
     folder: StudyFolder,
     fp32: Fp32,
-    finals: list[Record],
-    uniform: list[Record],
+    loop: StudyLoop,
+    final: FinalTraining,
     observer: Observer,
 ) -> Front:
     """Write everything that a finished study leaves; results.json comes last and says so."""
+    records = [record for id in final.models if (record := final.record(id)) is not None]
+    chosen = {f"t{record.id}" for record in loop.front}
+    finals = [record for record in records if record.id in chosen and record.error is None]
+    uniform = [record for record in records if record.id not in chosen and record.error is None]
+    if not finals:
+        raise InputError(f"every final training failed; the last one: {records[-1].error}")
     points = front_records(finals, problem.objectives)
     best = best_record(points)
     front = Front(

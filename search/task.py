@@ -94,14 +94,14 @@ def import_from_here(what: str, spec: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module wants
-            raise InputError(f"{what} {spec!r} failed: {_one_line(error)}") from error
+            raise InputError(f"{what} {spec!r} failed: {one_line(error)}") from error
         raise InputError(
             f"{what} {spec!r}: no module {module_name!r} among the installed packages or in {here}"
         ) from None
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"{what} {spec!r} failed: {_one_line(error)}") from error
+        raise InputError(f"{what} {spec!r} failed: {one_line(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         place = getattr(module, "__file__", None) or "built in"
@@ -119,7 +119,7 @@ def _user_task(spec: str, model: str | None) -> Task:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"task {spec!r} failed: {_one_line(error)}") from error
+        raise InputError(f"task {spec!r} failed: {one_line(error)}") from error
     if not isinstance(task, Task):
         name = spec.partition(":")[2]
         raise InputError(
@@ -128,7 +128,7 @@ def _user_task(spec: str, model: str | None) -> Task:
     return task
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Kind, message and place of an error in a user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
@@ -142,4 +142,4 @@ def task_call(task_spec: str, what: str, function: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"task {task_spec!r}, {what}: {_one_line(error)}") from error
+        raise InputError(f"task {task_spec!r}, {what}: {one_line(error)}") from error

@@ -41,10 +41,21 @@ class Proposals:
         self.lattice, self.sampler, self.seed = lattice, sampler, seed
         self.seeds = [lattice.encode(point) for point in seeds]
 
-    def propose(self, number: int, history: History, pending: Sequence[Indices]) -> Indices | None:
+    def propose(
+        self,
+        number: int,
+        history: History,
+        pending: Sequence[Indices],
+        beside: Sequence[Indices] = (),
+    ) -> Indices | None:
         """The point of trial `number`; None where no point within the limits is found
-        that is not taken, see `Lattice.any_fresh`."""
-        taken = set(keys(history.points)) | {key(point) for point in pending}
+        that is not taken, see `Lattice.any_fresh`.
+
+        `beside` are points that are pending as well, of which the sampler does not hear: it may
+        answer for several trials in a row what it has worked out for the first.
+        """
+        others = np.array([*pending, *beside], dtype=np.intp).reshape(-1, len(self.lattice.sizes))
+        taken = {*keys(history.points), *keys(others)}
         if number < len(self.seeds) and key(self.seeds[number]) not in taken:
             return self.seeds[number]
         rng = np.random.default_rng([self.seed, number])

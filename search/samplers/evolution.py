@@ -8,14 +8,15 @@ costs that a point is within is the expected hypervolume improvement (Emmerich e
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from scipy.special import ndtr
 from scipy.stats import qmc
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from adq.search.history import History
-from adq.search.lattice import Floats, Indices, Lattice, key, keys
+from adq.search.lattice import Floats, Indices, Lattice, keys
 from adq.search.pareto import non_dominated
 from adq.search.samplers.surrogate import Features, Surrogate
 
@@ -45,30 +46,23 @@ class AdqSampler:
         self._columns = [lattice.names.index(name) for name in objectives]
         dearest = np.minimum(lattice.terms.max(axis=1).sum(axis=0), lattice.limits)
         self._dearest = dearest[self._columns].astype(np.float64)
+        self._question: tuple[bytes, ...] = ()
+        self._answer: tuple[Reached, Surrogate, Indices]
 
     def propose(
         self, history: History, pending: Sequence[Indices], rng: np.random.Generator
     ) -> Indices:
-        with threadpool_limits(limits=1):  # on matrices this small threads wait for each other
+        # on matrices this small threads wait for each other
+        with _thread_pools().limit(limits=1):
             return self._propose(history, pending, rng)
 
     def _propose(
         self, history: History, pending: Sequence[Indices], rng: np.random.Generator
     ) -> Indices:
-        known = np.isfinite(history.metric)
-        points, metric = history.points[known], history.metric[known]
-        if len(points) < FEW:
+        if np.count_nonzero(np.isfinite(history.metric)) < FEW:
             return self._cheap(rng, 1)[0]
-        reached = self.reached(points, metric, rng)
-        surrogate = self.surrogate(points, metric, reached, rng)
-        if pending:  # believed to turn out as expected, so that others are proposed beside them
-            waiting = np.stack(pending)
-            points = np.concatenate([points, waiting])
-            metric = np.concatenate([metric, surrogate.predict(waiting)[0]])
-            reached = self.reached(points, metric, rng)
-            surrogate = self.surrogate(points, metric, reached, rng)
-        taken = set(keys(history.points)) | {key(p) for p in pending}
-        front = points[non_dominated(np.column_stack([-metric, self.costs(points)]))]
+        reached, surrogate, front = self._known(history, pending)
+        taken = {*keys(history.points), *keys(self._stacked(pending))}
         pool = np.concatenate([self._offspring(front, rng), self._cheap(rng)])
         best = pool[:0]
         for _ in range(1 + ROUNDS):
@@ -79,6 +73,34 @@ class AdqSampler:
             best = pool[np.argsort(-gain, kind="stable")[:REFINED]]
             pool = self._neighbours(best, rng)
         return best[0] if len(best) else self.lattice.random(rng, 1)[0]
+
+    def _known(
+        self, history: History, pending: Sequence[Indices]
+    ) -> tuple["Reached", Surrogate, Indices]:
+        """What is reached, the surrogate, and the points on the front, with pending points believed
+        to turn out as expected, so that others are proposed beside them.
+
+        The last answer is remembered: it depends on the question alone.
+        """
+        known = np.isfinite(history.metric)
+        points, metric = history.points[known], history.metric[known]
+        waiting = self._stacked(pending)
+        question = points.tobytes(), metric.tobytes(), waiting.tobytes()
+        if question != self._question:
+            rng = np.random.default_rng([len(points), len(waiting)])
+            reached = self.reached(points, metric, rng)
+            surrogate = self.surrogate(points, metric, reached, rng)
+            if pending:
+                points = np.concatenate([points, waiting])
+                metric = np.concatenate([metric, surrogate.predict(waiting)[0]])
+                reached = self.reached(points, metric, rng)
+                surrogate = self.surrogate(points, metric, reached, rng)
+            front = points[non_dominated(np.column_stack([-metric, self.costs(points)]))]
+            self._question, self._answer = question, (reached, surrogate, front)
+        return self._answer
+
+    def _stacked(self, points: Sequence[Indices]) -> Indices:
+        return np.array(points, dtype=np.intp).reshape(-1, len(self.lattice.sizes))
 
     def reached(self, points: Indices, metric: Floats, rng: np.random.Generator) -> "Reached":
         return Reached(self.costs(points), metric, self._dearest, rng)
@@ -137,12 +159,13 @@ class AdqSampler:
     def _fresh(self, points: Indices, taken: set[bytes]) -> Indices:
         """The points within the limits and a few others, repaired; none twice, none taken."""
         fits = self.lattice.fits(points)
-        repaired = [self.lattice.repair(point) for point in points[~fits][:REPAIRED]]
-        found: dict[bytes, Indices] = {}
-        for point in [*points[fits], *repaired]:
-            if (name := key(point)) not in taken:
-                found.setdefault(name, point)
-        return np.array(list(found.values()), dtype=np.intp).reshape(-1, points.shape[1])
+        repaired = self.lattice.repair(points[~fits][:REPAIRED])
+        points = np.concatenate([points[fits], repaired])
+        found: dict[bytes, int] = {}
+        for place, name in enumerate(keys(points)):
+            if name not in taken:
+                found.setdefault(name, place)
+        return points[list(found.values())]
 
 
 class Reached:
@@ -187,6 +210,12 @@ class Reached:
             room = corners[np.where(inside, after, 0)] - costs[:, 0]
             total += np.where(inside, room, 0.0) * _improvement(mean, std, self.at(costs))
         return np.asarray(total)
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    """Those of the libraries that are loaded; to look for them takes longer than to limit them."""
+    return ThreadpoolController()
 
 
 def _improvement(mean: Floats, std: Floats, best: Floats) -> Floats:

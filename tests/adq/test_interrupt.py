@@ -1,6 +1,7 @@
 """A real process, stopped at many moments: nothing finished is lost, nothing is done twice."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -165,23 +166,31 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
     assert not (folder / "runs/s/front.png").exists()
 
 
-def test_sigterm_says_how_to_go_on_and_a_second_process_is_kept_out(folder: Path) -> None:
-    code, stderr = stop_when(folder, OPTIONS, trial(1), signal.SIGTERM)
+def test_sigterm_says_how_to_go_on_and_a_second_process_works_along(folder: Path) -> None:
+    """Two at once from where the first one was stopped: what both do is what one would have done,
+    nothing is done twice, and each has its share."""
+    code, stderr = stop_when(folder, [*OPTIONS, "--window", "2"], trial(1), signal.SIGTERM)
     assert code == 130
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("interrupted: 'adq-search resume s' goes on")
 
-    process = subprocess.Popen([COMMAND, "resume", "s"], cwd=folder, stderr=subprocess.DEVNULL)
+    alone = folder / "alone"
+    alone.mkdir()
+    shutil.copy(TESTS / "tiny_task.py", alone)
+    shutil.copytree(folder / "runs", alone / "runs")
+    assert run(alone, "resume", "s").returncode == 0
+
+    two = [
+        subprocess.Popen([COMMAND, "resume", "s"], cwd=folder, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     try:
-        while not trial(3)(folder / "runs/s"):
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.send_signal(signal.SIGSTOP)  # it keeps the study while the other one tries
-        second = run(folder, "resume", "s")
-        assert second.returncode == 2
-        assert "is being run by another process" in second.stderr
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(PATIENCE_S) == 0
+        heard = [process.communicate(timeout=PATIENCE_S)[1] for process in two]
     finally:
-        process.kill()
-    assert len(list((folder / "runs/s/trials").glob("*.json"))) == 12
+        for process in two:
+            process.kill()
+    assert [process.returncode for process in two] == [0, 0], heard
+    assert results(folder / "runs/s") == results(alone / "runs/s")
+    trained = [re.findall(r"\] search \d+/12 (\d{4}): ", text) for text in heard]
+    assert all(trained)
+    assert len(trained[0]) + len(trained[1]) == len({*trained[0], *trained[1]}) <= 11

@@ -10,13 +10,17 @@ from torch import nn
 
 from adq.quant.batches import (
     batch_size,
+    count_batches,
     device_of,
     differentiable,
     evaluating,
     first_tensor,
     forward,
     micro_batches,
+    part,
+    parts_of,
     random_state,
+    reseed,
     seeded,
     set_random_state,
     take_samples,
@@ -229,3 +233,59 @@ def test_frozen_parameters_are_differentiable_for_a_while() -> None:
     with pytest.raises(KeyError, match="stop"):
         fail()
     assert [p.requires_grad for p in parameters] == [False, True]
+
+
+def test_one_part_is_the_batch_itself() -> None:
+    batch = (object(), object())
+    [(found, n)] = parts_of(batch, 5, 1)
+    assert found is batch
+    assert n == 5
+
+
+@pytest.mark.parametrize("samples", range(8))
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_are_even_and_empty_ones_hold_a_sample_that_does_not_count(
+    samples: int, parts: int
+) -> None:
+    x = torch.arange(max(1, samples))
+    found = parts_of(((x, [x]), {"y": -x}), samples, parts)
+    assert len(found) == parts
+    sizes = [n for _, n in found]
+    assert sum(sizes) == samples
+    assert max(sizes) - min(sizes) <= 1
+    kept = [inputs[0] for ((inputs, _), n) in found if n]
+    assert torch.cat([x[:0], *kept]).tolist() == list(range(samples))
+    for (inputs, targets), n in found:
+        assert torch.equal(inputs[0], inputs[1][0])
+        assert torch.equal(inputs[0], -targets["y"])
+        assert inputs[0].tolist() == ([0] if n == 0 else inputs[0].tolist())
+        assert len(inputs[0]) == max(1, n)
+
+
+def test_a_part_is_cut_from_every_tensor() -> None:
+    x = torch.arange(5)
+    assert [v.tolist() for v in part((x, x + 1), 1, 3)] == [[1, 2], [2, 3]]
+
+
+def test_batches_are_counted_by_length_or_by_a_pass_that_leaves_no_trace() -> None:
+    class Unsized:
+        def __iter__(self) -> Iterator[float]:
+            yield from (random.random() for _ in range(3))
+
+    assert count_batches([1, 2], 0) == 2
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    assert count_batches(Unsized(), 0) == 3
+    assert random.random() == expected
+
+
+def test_reseeding_sets_what_seeded_sets() -> None:
+    def draws() -> tuple[float, ...]:
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    with seeded(9):
+        expected = draws()
+    with seeded(1):
+        reseed(9)
+        assert draws() == expected

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import math
 import random
@@ -15,10 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from adq.quant.apply import quantize, quantized_layers
-from adq.quant.errors import InputError, NonFiniteLossError
+from adq.quant.distillation import distillation_loss, distils
+from adq.quant.errors import CheckpointError, InputError, NonFiniteLossError
 from adq.quant.flat import FlatWeights
 from adq.quant.modules import original_weight, weight_quantizer
-from adq.quant.qat import Epoch, TrainingConfig, distillation_loss, distils, train_
+from adq.quant.qat import Epoch, TrainingConfig, train_
 from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector
 
@@ -265,6 +267,7 @@ def test_a_model_whose_parts_are_quantized_apart_is_refused() -> None:
         ({"lr": 0.0}, "lr and temperature: expected more than 0"),
         ({"temperature": 0.0}, "lr and temperature: expected more than 0"),
         ({"dampening": -1.0}, "dampening: 0 or more"),
+        ({"parts": 0}, "parts: expected 1 or more, got 0"),
         ({"amp": "fp8"}, "amp: expected bf16, fp16 or none, got 'fp8'"),
         ({"optimizer": "lamb"}, "optimizer: expected adamw or sgd, got 'lamb'"),
     ],
@@ -622,6 +625,77 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out(optimizer: Any) -> N
     assert torch.isfinite(model.weight).all()
 
 
+# --- batches in parts ---
+
+
+def smooth() -> nn.Module:
+    """Without BatchNorm and dropout, whose samples depend on one another or on chance."""
+    model = network().double()
+    model[1] = model[3] = nn.Identity()
+    return model
+
+
+def smooth_quantized() -> nn.Module:
+    bits = BitVector({"0": 3, "4": 4}, {"0": 4, "4": 4})
+    batches = [(x.double(), y) for x, y in batches_of()]
+    return quantize(smooth().eval(), bits, batches, Scheme(split_dead=False)).double()
+
+
+@pytest.mark.parametrize("make", [smooth, smooth_quantized])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("more", [{}, {"dampening": 0.1, "freeze_above": 0.005}])
+def test_parts_give_the_step_of_the_whole_batch(make, parts: int, more: dict[str, Any]) -> None:
+    batches = [(x.double(), y) for x, y in batches_of(38, 11)]  # 11, 11, 11 and 5
+    seen: list[int] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    results = []
+    for count in (1, parts):
+        model, config = make(), TrainingConfig(3, lr=1e-2, weights_per_level=0, **more)
+        config = dataclasses.replace(config, parts=count)
+        seen.clear()
+        log = train_(model, batches, loss, config, 0, teacher=smooth())
+        results.append((log, state(model)))
+    assert sum(seen[: len(seen) // 3]) == 38
+    assert max(seen) == math.ceil(11 / parts)
+    assert min(seen) >= 2
+    for one, other in zip(*(log for log, _ in results), strict=True):
+        # gradients in double precision, distillation in single
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.flips == pytest.approx(other.flips, rel=1e-6)
+        assert one.dead == other.dead
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_batchnorm_sees_the_parts_of_two_samples_or_more() -> None:
+    sizes = []
+    model = network()
+    model[1].register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    train_(model, batches_of(19, 8), F.cross_entropy, TrainingConfig(1, parts=3), 0)
+    assert sizes == [2, 3, 3, 2, 3, 3, 3]  # of 8, 8 and 3
+
+
+def test_a_checkpoint_may_be_gone_on_with_in_other_parts(tmp_path: Path) -> None:
+    path, config = tmp_path / "c", options()
+    with pytest.raises(KilledError):
+        train_(quantized(), batches_of(), killing(4), config, 3, checkpoint=path)
+    parts: list[int] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        parts.append(len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    halved = dataclasses.replace(config, parts=2)
+    first = read(path)["epochs"][0]["loss"]
+    log = train_(quantized(), batches_of(), loss, halved, 3, checkpoint=path)
+    assert parts == [8] * 6  # the second epoch's three batches in halves
+    assert log[0].loss == first
+
+
 # --- what is logged ---
 
 
@@ -856,10 +930,14 @@ def test_with_a_checkpoint_the_run_is_that_without_one(tmp_path: Path) -> None:
 
 
 def refused(path: Path, message: str, model: nn.Module, config: TrainingConfig, seed: int) -> None:
-    """One line that names the file; neither the model nor the file is changed."""
+    """One line that names the file; neither the model nor the file is changed.
+
+    Damage has a class of its own: whoever meets it may begin anew.
+    """
     before, content = state(model), path.read_bytes()
     with pytest.raises(InputError, match=message) as caught:
         train_(model, batches_of(), never, config, seed, checkpoint=path)
+    assert (type(caught.value) is CheckpointError) == ("is damaged" in message)
     assert "\n" not in str(caught.value)
     assert path.name in str(caught.value)
     assert same(before, state(model))
@@ -965,8 +1043,10 @@ def test_files_that_are_no_checkpoints_are_refused(saved: Path, tmp_path: Path) 
     refused(saved, "is damaged", quantized(), config, 3)
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(InputError, match="folder"):
+    # it may be there again later, and is no reason to begin anew
+    with pytest.raises(InputError, match=r"cannot read checkpoint .*folder") as caught:
         train_(quantized(), batches_of(), never, config, 3, checkpoint=folder)
+    assert type(caught.value) is InputError
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_refused(saved: Path) -> None:
@@ -1020,3 +1100,20 @@ def test_a_disk_that_is_full_is_an_input_error_and_leaves_the_earlier_checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert saved.read_bytes() == content
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_checkpoint_of_an_earlier_training_is_replaced_and_one_of_a_later_is_not(
+    tmp_path: Path,
+) -> None:
+    path, fresh = tmp_path / "c", quantized()
+    log = train_(quantized(), batches_of(), noisy, options(), 3, checkpoint=path)
+    expected = train_(fresh, batches_of(), noisy, options(), 4)
+    model = quantized()
+    found = train_(model, batches_of(), noisy, options(), 4, checkpoint=path, earlier=log)
+    assert found == expected
+    assert same(state(model), state(fresh))
+    assert read(path)["earlier"] == [dataclasses.asdict(epoch) for epoch in log]
+    again = quantized()
+    assert found == train_(again, batches_of(), never, options(), 4, checkpoint=path, earlier=log)
+    assert same(state(again), state(model))
+    refused(path, "is of another run", quantized(), options(), 3)

@@ -80,7 +80,7 @@ records = st.builds(
         st.builds(Rung, st.integers(0, 100), st.none() | evaluations, numbers), max_size=3
     ).map(tuple),
     parent=st.none() | names,
-    told=st.none() | st.integers(0, 10**6),
+    parts=st.integers(1, 4),
 )
 
 
@@ -88,7 +88,7 @@ records = st.builds(
 @given(records)
 def test_a_record_survives_json(record: Record) -> None:
     data = json.loads(json.dumps(record.to_json(), allow_nan=False))
-    assert data["schema"] == "adq-record/2"
+    assert data["schema"] == "adq-record/3"
     assert Record.from_json(data) == record
     assert list(data["bits"]["weight_bits"]) == list(record.bits.weight)  # in the model's order
 
@@ -324,7 +324,7 @@ def test_progress_is_told_epoch_by_epoch(problem: Problem, bits: BitVector) -> N
 def test_a_candidate_is_one_rung(problem: Problem, bits: BitVector) -> None:
     record = train_candidate(problem, problem.initial_model, bits, id="0", epochs=1)
     assert record.rungs == (Rung(1, record.validation, record.seconds),)
-    assert (record.parent, record.told, record.state) == (None, None, "done")
+    assert (record.parent, record.parts, record.state) == (None, 1, "done")
 
 
 def test_the_weights_kept_are_those_under_the_quantizers_and_can_be_started_from(
@@ -377,5 +377,5 @@ def test_the_teacher_of_a_warm_candidate_is_the_fp32_model(
 
 def test_a_record_of_another_version_is_refused(problem: Problem, bits: BitVector) -> None:
     data = train_candidate(problem, problem.initial_model, bits, id="0", epochs=0).to_json()
-    with pytest.raises(InputError, match=r"'adq-record/1', expected 'adq-record/2'.*new study"):
-        Record.from_json(data | {"schema": "adq-record/1"})
+    with pytest.raises(InputError, match=r"'adq-record/2', expected 'adq-record/3'.*new study"):
+        Record.from_json(data | {"schema": "adq-record/2"})

@@ -27,6 +27,7 @@ from adq.search.config import (
 )
 
 TEXT = ["latency", "task", "model", "weights", "device", "study", "storage", "out"]
+TEXT += ["address", "checkpoints"]
 WHOLE_FROM = {
     "first_last_bits": 0,
     "trials": 1,
@@ -37,11 +38,16 @@ WHOLE_FROM = {
     "seed": 0,
     "group_size": 2,
     "latency_batch": 1,
+    "workers": 1,
+    "cpus_per_trial": 1,
+    "ranks": 1,
+    "window": 1,
 }
 WORDS = {
     "optimizer": ["adamw", "sgd"],
     "amp": ["auto", "off", "bf16", "fp16"],
     "batchnorm": ["reestimate", "keep"],
+    "executor": ["auto", "local", "ray"],
     "gradient_checkpoints": ["off", "on"],
     "sampler": ["adq", "tpe", "nsga2", "nsga3", "gp", "random"],
     "warm_start": ["off", "on"],
@@ -57,12 +63,15 @@ NUMBER = [
     "lr",
     "dampening",
     "freeze_above",
+    "gpus_per_trial",
 ]
 LISTS = ["bits", "act_bits"]
 OPTIONAL = ["model", "weights", "budget_bits", "budget_size_mb", "budget_gbops"]
 OPTIONAL += ["fp32_epochs", "study", "storage", "group_size", "start_bits"]
 OPTIONAL += ["layers", "rungs", "time_budget"]
 OPTIONAL += ["dampening", "freeze_above", "budget_latency_ms", "latency", "latency_batch"]
+OPTIONAL += ["workers", "gpus_per_trial", "cpus_per_trial", "ranks", "window"]
+OPTIONAL += ["address", "checkpoints"]
 
 
 def refused(field: str, value: Any) -> str:
@@ -353,6 +362,13 @@ configs = st.builds(
     fp32_epochs=st.none() | st.integers(0, 10**6),
     lr=positive,
     seed=st.integers(0, 10**9),
+    executor=st.sampled_from(["auto", "local", "ray"]),
+    workers=st.none() | st.integers(1, 10**6),
+    gpus_per_trial=st.none() | positive,
+    ranks=st.none() | st.integers(1, 10**6),
+    window=st.none() | st.integers(1, 10**6),
+    address=st.none() | texts,
+    checkpoints=st.none() | texts,
     study=st.none() | texts.filter(lambda t: t.isprintable() and t[0] != "." and "/" not in t),
     out=texts,
 )

@@ -1,7 +1,5 @@
-"""The study folder: whole or not there, locked, listed; what is damaged is said in one line."""
+"""The study folder: whole or not there, listed; what is damaged is said in one line."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,52 +230,6 @@ def test_the_list_holds_studies_alone(tmp_path: Path) -> None:
     (tmp_path / ".new-abc").mkdir()
     (tmp_path / ".new-abc" / "study.toml").write_text("")
     assert [folder.name for folder in list_studies(tmp_path)] == ["a", "b"]
-
-
-def test_only_one_may_hold_the_lock_and_it_is_free_again_after(tmp_path: Path) -> None:
-    folder = create_study(config(tmp_path, study="s"), nothing)
-    with folder.locked():
-        with pytest.raises(InputError, match="'s' is being run by another process"):
-            folder.locked().__enter__()
-        other = create_study(config(tmp_path, study="other"), nothing)
-        with other.locked():
-            pass
-    with pytest.raises(KeyError), folder.locked():
-        raise KeyError
-    with folder.locked():
-        pass
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    folder = create_study(config(tmp_path, study="s"), nothing)
-    code = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder.file("lock"))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="is being run by another process"):
-            folder.locked().__enter__()
-        process.kill()
-    with folder.locked():
-        pass
-
-
-def test_half_written_files_of_a_killed_process_are_cleared_away(tmp_path: Path) -> None:
-    folder = create_study(config(tmp_path, study="s"), nothing)
-    folder.write_record(TRIALS, record())
-    (folder.path / TRIALS / ".0001.json.77.tmp").write_text("{")
-    with folder.locked():
-        assert names(folder.path / TRIALS) == ["0000.json"]
-
-
-def test_a_study_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
-    folder = create_study(config(tmp_path, study="s"), nothing)
-    folder.file("lock").mkdir()
-    with pytest.raises(InputError, match=r"cannot write in .*/s: "):
-        folder.locked().__enter__()
 
 
 def test_the_number_of_trials_can_be_raised_and_not_lowered(tmp_path: Path) -> None:

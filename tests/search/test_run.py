@@ -5,6 +5,8 @@ import logging
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -24,8 +26,9 @@ from adq.quant.evaluate import accuracy, evaluate
 from adq.quant.export.packed import load_packed_
 from adq.quant.files import write_json
 from adq.quant.spec import BitVector
-from adq.search import fp32, run, sensitivity
+from adq.search import fp32, jobs, run, sensitivity
 from adq.search.config import StudyConfig
+from adq.search.crew import Crew
 from adq.search.folder import FINAL, MODELS, START, TRIALS, StudyFolder, open_study
 from adq.search.front import Front, Point
 from adq.search.observer import Observer
@@ -139,7 +142,9 @@ def test_every_promised_file_is_there(study: Study) -> None:
     promised = ["study.toml", "study.db", "fp32.safetensors", "fp32.json", "sensitivity.json"]
     promised += ["sensitivity.csv", "front.json", "best.safetensors", "best.bits.json"]
     promised += ["results.json", "clock.json", "seeds.json", TRIALS, FINAL, MODELS]
-    assert {p.name for p in path.iterdir()} - {"lock"} == set(promised)
+    of_work = {"lock", "checkpoints", "drivers", "running"}
+    assert {p.name for p in path.iterdir()} - of_work == set(promised)
+    assert not [p for name in of_work for p in (path / name).glob("*")]
     assert {p.name for p in (path / TRIALS).iterdir()} == {f"{i:04d}.json" for i in range(8)}
     finals = {p.stem for p in (path / FINAL).iterdir()}
     assert {p.stem for p in (path / MODELS).iterdir()} == finals
@@ -341,7 +346,8 @@ def test_progress_comes_in_stages_of_as_many_steps_as_announced(study: Study) ->
 
 
 def contents(folder: StudyFolder) -> dict[str, bytes]:
-    files = (p for p in folder.path.rglob("*") if p.is_file())
+    """But for the lock, which names the process that held it last."""
+    files = (p for p in folder.path.rglob("*") if p.is_file() and p.name != "lock")
     return {str(p.relative_to(folder.path)): p.read_bytes() for p in files}
 
 
@@ -431,12 +437,30 @@ def test_a_uniform_model_on_the_front_is_trained_once(tmp_path: Path) -> None:
     assert resume(found.folder, tiny_task.make_task()) == found.front
 
 
-def test_only_one_process_may_run_a_study(study: Study) -> None:
-    with study.folder.locked():
-        with pytest.raises(InputError, match="study 's' is being run by another process"):
-            resume(study.folder, tiny_task.make_task())
-        with pytest.raises(InputError, match="exists already"):
-            start(config(study.folder.path.parent), tiny_task.make_task())
+def test_a_name_that_is_taken_is_refused(study: Study) -> None:
+    with pytest.raises(InputError, match="exists already"):
+        start(config(study.folder.path.parent), tiny_task.make_task())
+
+
+def test_a_process_waits_while_another_one_decides(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.folder.path, tmp_path / "s")
+    folder, heard, held = StudyFolder(tmp_path / "s"), Listener(), threading.Event()
+
+    def decide() -> None:
+        with Crew(folder.path) as other, other.exclusive():
+            held.set()
+            while not heard.messages:
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=decide)
+    thread.start()
+    assert held.wait(30)
+    try:
+        assert resume(folder, tiny_task.make_task(), heard) == study.front
+    finally:
+        heard.messages.append("")
+        thread.join()
+    assert heard.messages[0] == "waiting for another process that works on study s"
 
 
 @pytest.mark.parametrize(
@@ -470,10 +494,10 @@ STOPS: list[tuple[str, Any, str, int]] = [
     ("writing FP32's facts", fp32, "write_json", 1),
     ("measuring", sensitivity, "_attempt", 1),
     ("writing sensitivities", sensitivity, "write_json", 1),
-    ("the first trial", run, "train_candidate", 1),
-    ("the second trial", run, "train_candidate", 2),
-    ("the first final model", run, "train_candidate", 4),  # three trials were left
-    ("the second final model", run, "train_candidate", 2),
+    ("the first trial", jobs, "train_candidate", 1),
+    ("the second trial", jobs, "train_candidate", 2),
+    ("the first final model", jobs, "train_candidate", 4),  # three trials were left
+    ("the second final model", jobs, "train_candidate", 2),
     ("choosing the best", run, "best_record", 1),
     ("the report", run, "write_report", 1),
     ("the results", run, "write_json", 2),
@@ -512,13 +536,13 @@ def test_a_study_stopped_at_every_stage_ends_like_an_undisturbed_one(
     tmp_path: Path, undisturbed: Study, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     trained: list[str] = []
-    train = run.train_candidate
+    train = jobs.train_candidate
 
     def counted(*args: Any, id: str, **kwargs: Any) -> Any:
         trained.append(id)
         return train(*args, id=id, **kwargs)
 
-    monkeypatch.setattr(run, "train_candidate", counted)
+    monkeypatch.setattr(jobs, "train_candidate", counted)
     task, folder = tiny_task.make_task(), StudyFolder(tmp_path / "s")
     for stage, module, name, call in STOPS:
         assert folder.path.exists() == (stage != "training FP32")
@@ -568,7 +592,7 @@ def test_a_lost_trial_record_is_named(tmp_path: Path) -> None:
 def test_a_study_that_goes_on_keeps_its_seeds(tmp_path: Path, undisturbed: Study) -> None:
     """Though `make_seeds` would now find other ones."""
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, run, "train_candidate", 2, after=False)
+        stop_at(patch, jobs, "train_candidate", 2, after=False)
         with pytest.raises(Stop):
             study_in(tmp_path, **INTERRUPTED)
     folder = open_study(tmp_path, "s")
@@ -679,7 +703,7 @@ def test_more_trials_extend_a_finished_study_without_repeating_one(
 
 def failing(select: Callable[[str], bool]) -> Callable[..., Any]:
     """train_candidate, but those selected by id fail as if their loss had become nan."""
-    train = run.train_candidate
+    train = jobs.train_candidate
 
     def train_or_fail(*args: Any, id: str, **kwargs: Any) -> Any:
         record = train(*args, id=id, **kwargs)
@@ -694,7 +718,7 @@ def failing(select: Callable[[str], bool]) -> Callable[..., Any]:
 def test_failed_candidates_are_counted_shown_and_on_no_front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "train_candidate", failing(lambda id: id in ("0000", "0002")))
+    monkeypatch.setattr(jobs, "train_candidate", failing(lambda id: id in ("0000", "0002")))
     found = study_in(tmp_path, **QUICK | {"trials": 5})
     records = raw(found, TRIALS)
     assert [id for id, r in records.items() if r["validation"] is None] == ["0000", "0002"]
@@ -707,17 +731,21 @@ def test_failed_candidates_are_counted_shown_and_on_no_front(
     assert states == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_a_search_in_which_every_candidate_failed_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "train_candidate", failing(lambda id: True))
-    with pytest.raises(InputError, match=r"every candidate failed; the last one: .* of 0002 beca"):
-        study_in(tmp_path, **QUICK)
+def test_a_search_whose_first_candidates_all_failed_says_so_and_can_go_on(tmp_path: Path) -> None:
+    said = r"every candidate failed; the last one: .* of 0002 became nan"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "train_candidate", failing(lambda id: True))
+        with pytest.raises(InputError, match=said):
+            study_in(tmp_path, **QUICK | {"trials": 6})
+    folder = open_study(tmp_path, "s")
+    assert folder.status() == "searching, 3 of 6 trials"
+    resume(folder, tiny_task.make_task())
+    assert [r.error is None for r in folder.records(TRIALS)] == [False] * 3 + [True] * 3
 
 
 def graded(sign: Callable[[str], int]) -> Callable[..., Any]:
     """train_candidate, but more bits are better where the id's sign is 1, and worse where -1."""
-    train = run.train_candidate
+    train = jobs.train_candidate
 
     def train_and_grade(*args: Any, id: str, **kwargs: Any) -> Any:
         record = train(*args, id=id, **kwargs)
@@ -732,7 +760,7 @@ def test_a_final_model_that_turns_out_dominated_is_on_no_front(
 ) -> None:
     """In the search more bits were better, so that all went on; in the end fewer are."""
     grade = graded(lambda id: -1 if id.startswith("t") else 1)
-    monkeypatch.setattr(run, "train_candidate", grade)
+    monkeypatch.setattr(jobs, "train_candidate", grade)
     found = study_in(tmp_path, **QUICK)
     finals = [r for r in found.folder.records(FINAL) if r.id.startswith("t")]
     assert len(finals) >= 2
@@ -751,8 +779,8 @@ def test_a_final_training_that_fails_is_on_no_front(
             gone.append(id)
         return id in gone
 
-    monkeypatch.setattr(run, "train_candidate", graded(lambda id: 1))
-    monkeypatch.setattr(run, "train_candidate", failing(first_final))
+    monkeypatch.setattr(jobs, "train_candidate", graded(lambda id: 1))
+    monkeypatch.setattr(jobs, "train_candidate", failing(first_final))
     found = study_in(tmp_path, **QUICK)
     finals = raw(found, FINAL)
     assert finals[gone[0]]["error"] == f"the training loss of {gone[0]} became nan"
@@ -760,34 +788,68 @@ def test_a_final_training_that_fails_is_on_no_front(
     assert points
     assert points == {id for id in finals if id.startswith("t")} - set(gone)
     assert resume(found.folder, tiny_task.make_task()) == found.front
-    monkeypatch.setattr(run, "train_candidate", failing(lambda id: id.startswith("t")))
+    monkeypatch.setattr(jobs, "train_candidate", failing(lambda id: id.startswith("t")))
     with pytest.raises(InputError, match="every final training failed; the last one: "):
         study_in(tmp_path / "all", **QUICK)
 
 
-def test_an_error_of_the_users_code_is_one_line_and_the_study_can_go_on(
+class Broken:
+    """The task's metric, but some of its calls raise."""
+
+    def __init__(self, *failing: int) -> None:
+        self.task, self.calls, self.failing = tiny_task.make_task(), 0, failing
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise RuntimeError("the disk\nis gone")
+        return self.task.metric(outputs, targets)
+
+    @property
+    def error(self) -> str:
+        line = Broken.__call__.__code__.co_firstlineno + 3
+        return f"RuntimeError: the disk is gone ({__file__}:{line})"
+
+
+# two splits for FP32, then the third candidate
+def test_an_error_of_the_users_code_that_passes_changes_nothing(
     tmp_path: Path, undisturbed: Study
 ) -> None:
-    task, calls = tiny_task.make_task(), [0]
+    metric = Broken(5, 6)
+    found = study_in(tmp_path, replace(metric.task, metric=metric), **INTERRUPTED)
+    assert found.front == undisturbed.front
+    assert raw(found, TRIALS) == raw(undisturbed, TRIALS)
+    assert raw(found, FINAL) == raw(undisturbed, FINAL)
 
-    def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 5:  # two splits for FP32, then the third candidate
-            raise RuntimeError("the disk\nis gone")
-        return task.metric(outputs, targets)
 
+def test_an_error_of_the_users_code_that_stays_is_a_failed_candidate(
+    tmp_path: Path, undisturbed: Study
+) -> None:
+    metric = Broken(5, 6, 7)
+    found = study_in(tmp_path, replace(metric.task, metric=metric), **INTERRUPTED)
+    records = raw(found, TRIALS)
+    assert {id: r["error"] for id, r in records.items() if r["error"]} == {"0002": metric.error}
+    assert f"trial 0002: failed, {metric.error}" in found.heard.notes("search")
+    before = {id: r for id, r in raw(undisturbed, TRIALS).items() if id < "0002"}
+    assert {id: r for id, r in records.items() if id < "0002"} == before
+    assert records["0002"]["bits"] == raw(undisturbed, TRIALS)["0002"]["bits"]
+    assert found.folder.status() == "finished"
+    assert resume(found.folder, metric.task) == found.front
+
+
+def test_an_error_of_the_users_code_before_the_search_is_one_line_and_the_study_can_go_on(
+    tmp_path: Path, undisturbed: Study
+) -> None:
+    metric = Broken(2)
+    task = replace(metric.task, metric=metric)
     with pytest.raises(InputError) as error:
-        study_in(tmp_path, replace(task, metric=metric), **INTERRUPTED)
-    line = metric.__code__.co_firstlineno + 3
+        study_in(tmp_path, task, **INTERRUPTED)
     assert str(error.value) == (
-        "task 'tiny_task:make_task', training candidate 0002: RuntimeError: the disk is gone "
-        f"({__file__}:{line})"
+        f"task 'tiny_task:make_task', evaluating the FP32 model: {metric.error}"
     )
     folder = open_study(tmp_path, "s")
-    assert folder.status() == "searching, 2 of 4 trials"
-    with pytest.raises(
-        InputError, match=r"study 's' has no front yet \(searching, 2 of 4 trials\)"
-    ):
+    assert folder.status() == "preparing"
+    with pytest.raises(InputError, match=r"study 's' has no front yet \(preparing\)"):
         load_front(folder)
     assert resume(folder, task) == undisturbed.front
 
@@ -821,9 +883,10 @@ def test_a_ladder_trains_fully_what_its_first_rung_favours(ladder: Study) -> Non
     assert len(heard.notes("search")) == 7
     assert all("after 0 epochs: accuracy" in note for note in heard.notes("search"))
     assert len(heard.more) == len(full)
-    assert [text[:5] for text in heard.more] == [
-        f"{r.id}:" for r in sorted(full, key=lambda r: r.told or 0)
-    ]
+    store = optuna.load_study(study_name="s", storage=ladder.folder.storage_url)
+    last = {f"{t.number:04d}": t.user_attrs["trainings"][-1][0] for t in store.get_trials()}
+    in_order = sorted(full, key=lambda record: last[record.id])
+    assert [text[:5] for text in heard.more] == [f"{record.id}:" for record in in_order]
 
 
 def test_a_warm_candidate_is_trained_from_its_parents_weights(ladder: Study) -> None:
@@ -840,7 +903,7 @@ def test_a_warm_candidate_is_trained_from_its_parents_weights(ladder: Study) -> 
         record = records[id]
         start = load_file(folder.file(START) / f"{record.parent}.safetensors")
         with threads(problem.threads):
-            again = run.train_candidate(
+            again = jobs.train_candidate(
                 problem, fp32_weights.eval(), record.bits, id=id, epochs=1, start=start
             )
         assert again.validation == record.validation
@@ -855,7 +918,7 @@ def test_a_study_with_rungs_and_warm_starts_goes_on_wherever_it_stopped(
     options["warm_start"] = "on"
     for call in range(1, calls + 1):
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, run, "train_candidate", 2, after=call % 2 == 0)
+            stop_at(patch, jobs, "train_candidate", 2, after=call % 2 == 0)
             with pytest.raises(Stop):
                 resume(folder, task) if folder.path.exists() else study_in(tmp_path, **options)
     assert resume(folder, tiny_task.make_task()) == ladder.front
@@ -866,7 +929,7 @@ def test_a_study_with_rungs_and_warm_starts_goes_on_wherever_it_stopped(
 
 def test_lost_weights_that_another_trial_starts_from_are_named(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, run, "train_candidate", 2, after=False)
+        stop_at(patch, jobs, "train_candidate", 2, after=False)
         with pytest.raises(Stop):
             study_in(tmp_path, **QUICK, warm_start="on")
     folder = open_study(tmp_path, "s")
@@ -886,9 +949,11 @@ def test_ctrl_c_writes_the_front_so_far_and_the_study_goes_on(
     call: int,
     points: int,
 ) -> None:
-    monkeypatch.setattr(run, "train_candidate", graded(lambda id: 1))  # every trial is on the front
+    monkeypatch.setattr(
+        jobs, "train_candidate", graded(lambda id: 1)
+    )  # every trial is on the front
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, run, "train_candidate", call, after=False)
+        stop_at(patch, jobs, "train_candidate", call, after=False)
         patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
         with pytest.raises(run.Interrupted, match="'adq-search resume s' goes on") as stopped:
             study_in(tmp_path, **INTERRUPTED)
@@ -917,7 +982,7 @@ def test_ctrl_c_writes_the_front_so_far_and_the_study_goes_on(
 def test_ctrl_c_in_a_study_that_is_extended_keeps_the_earlier_front(tmp_path: Path) -> None:
     found = study_in(tmp_path, **QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, run, "train_candidate", 2, after=False)
+        stop_at(patch, jobs, "train_candidate", 2, after=False)
         patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
         with pytest.raises(run.Interrupted, match="the front of before stays"):
             resume(found.folder, tiny_task.make_task(), trials=8)
@@ -940,6 +1005,45 @@ def test_an_option_that_was_edited_is_refused(tmp_path: Path) -> None:
     assert resume(found.folder, tiny_task.make_task()) == found.front
 
 
+def test_a_study_is_the_same_with_any_window_run_again_and_says_which_it_had(
+    tmp_path: Path, undisturbed: Study
+) -> None:
+    """In this process trainings run one after the other, whatever the window: but each is chosen
+    without the results of those that might run beside it."""
+    many = {"trials": 9, "final_epochs": 0, "window": 3}
+    found = study_in(tmp_path / "a", **many)
+    again = study_in(tmp_path / "b", **many, executor="local")
+    assert again.front == found.front
+    assert raw(again, TRIALS) == raw(found, TRIALS)
+    assert raw(again, FINAL) == raw(found, FINAL)
+    assert (found.folder.config.window, found.folder.config.ranks) == (3, 1)
+    assert (undisturbed.folder.config.window, undisturbed.folder.config.ranks) == (1, 1)
+    store = optuna.load_study(study_name="s", storage=found.folder.storage_url)
+    known = [trial.user_attrs["trainings"] for trial in store.get_trials()]
+    assert known == [[[i, max(0, i - 2)]] for i in range(9)]
+
+
+def test_a_study_is_resumed_with_another_executor_and_not_with_another_window(
+    tmp_path: Path, undisturbed: Study
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, jobs, "train_candidate", 2, after=False)
+        with pytest.raises(Stop):
+            study_in(tmp_path, **INTERRUPTED)
+    folder, task = open_study(tmp_path, "s"), tiny_task.make_task()
+    text = folder.file("study.toml").read_text()
+    with pytest.raises(InputError, match="window") as error:
+        resume(folder, task, window=2)
+    assert "\n" not in str(error.value)
+    folder.file("study.toml").write_text(text.replace("window = 1", "window = 2"))
+    with pytest.raises(InputError, match="window is 2 and was 1"):
+        resume(folder, task)
+    folder.file("study.toml").write_text(text)
+    places = tmp_path / "elsewhere"
+    assert resume(folder, task, executor="local", checkpoints=str(places)) == undisturbed.front
+    assert folder.file("study.toml").read_text() == text  # for that time only
+
+
 def test_a_time_budget_ends_the_search_and_more_time_goes_on_with_it(tmp_path: Path) -> None:
     found = study_in(tmp_path, **QUICK | {"time_budget": 1e-3})
     assert len(found.folder.records(TRIALS)) == 1
@@ -958,7 +1062,7 @@ def test_a_time_budget_ends_the_search_and_more_time_goes_on_with_it(tmp_path: P
 def test_records_of_an_earlier_version_are_refused_in_one_line(tmp_path: Path) -> None:
     found = study_in(tmp_path, **QUICK)
     path = found.folder.record_path(TRIALS, "0001")
-    path.write_text(path.read_text().replace("adq-record/2", "adq-record/1"))
+    path.write_text(path.read_text().replace("adq-record/3", "adq-record/2"))
     with pytest.raises(InputError, match=r"0001\.json cannot be used: .*version.*a new study") as e:
         resume(found.folder, tiny_task.make_task())
     assert "\n" not in str(e.value)
