@@ -10,8 +10,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.installed
 	$(BIN)/adq-search --budget-bits 2.8
 
+# Two files at a time: most tests keep one core busy, and many wait for processes.
 test: $(VENV)/.installed-test lint types kernels
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -25,6 +25,6 @@ def out_of_memory(error: BaseException) -> bool:
 
     # other devices than CUDA, and its libraries, have no class of their own
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -97,9 +97,10 @@ def resume(
             f"{fixed[0]}: expected one of {', '.join(EXECUTION)}, which alone may change when a "
             "study is resumed, beside trials and time_budget"
         )
-    config = folder.extended(trials, time_budget)
-    kept = config
-    config = make_config(vars(config), execution)
+    kept = folder.extended(trials, time_budget)
+    if folder.finished and kept == folder.config:
+        execution = {"executor": "local"}  # only damaged models are made again
+    config = make_config(vars(kept), execution)
     problem = make_problem(config, task)
     with make_executor(config) as executor:
         return _resume(folder, problem, kept, executor, observer)

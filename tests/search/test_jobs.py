@@ -277,6 +277,7 @@ def test_a_checkpoint_of_another_training_is_not_taken_for_this_ones(
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    MemoryError("Unable to allocate 20.0 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
 ]
 
@@ -400,19 +401,35 @@ def test_a_training_starts_from_its_parents_weights(place: Place) -> None:
     assert warm.validation.loss < cold.validation.loss
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line_and_no_failed_candidate(
-    place: Place,
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_training_goes_on(
+    tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     def take_place(step: int, size: int) -> None:
         if step == STEPS:
             place.checkpoint.parent.touch()  # a file where the folder should be
 
     place.loss.event = take_place
-    with pytest.raises(InputError, match=r"^cannot write .*/checkpoints/0004-0: ") as error:
+    assert timeless(place.run()) == timeless(calm(tmp_path).run())
+    assert place.loss.steps == EPOCHS * STEPS
+    said = f"training 0004-0 goes on without a checkpoint: cannot write {place.checkpoint}: "
+    assert [message.startswith(said) for message in caplog.messages] == [True] * EPOCHS
+    assert not any("\n" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["models", "start"])
+def test_weights_that_cannot_be_written_are_one_line_and_no_failed_candidate(
+    place: Place, kind: str
+) -> None:
+    (place.folder / kind).touch()  # a file where the folder should be
+    message = rf"^cannot write .*/{kind}/0004\.safetensors: "
+    with pytest.raises(InputError, match=message) as error:
         place.run()
     assert "\n" not in str(error.value)
-    assert place.loss.steps == STEPS
-    assert place.files() == {}
+    assert place.loss.steps == EPOCHS * STEPS
+    place.loss.steps = 0
+    (place.folder / kind).unlink()
+    assert place.run().error is None
+    assert place.loss.steps == 0  # from the last epoch's checkpoint
 
 
 def test_no_room_for_temporary_files_is_one_line_and_no_failed_candidate(

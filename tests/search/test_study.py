@@ -760,8 +760,8 @@ def test_the_time_budget_leaves_room_for_the_final_training(tmp_path: Path) -> N
             told += 1
         assert 1 < told < 50
         assert re.fullmatch(
-            rf"the search ends after {told} trials: final training takes about \d+ s, and \d+ s of the "
-            r"time budget of 20 s are over",
+            rf"the search ends after {told} trials: final training takes about \d+ s, and \d+ s of "
+            r"the time budget of 20 s are over",
             loop.end,
         )
 
