@@ -93,7 +93,6 @@ def submit(
     There trainings are run by Ray unless --executor local is given. For example:
     adq-search submit --address http://HEAD:8265 --task mymodule:make_task --budget-bits 2.8
     """
-    from adq.search.executors.job_server import JobServer
     from adq.search.executors.submit import new_study, resumed_study, send
 
     folder = Path(working_dir)
@@ -104,9 +103,8 @@ def submit(
             raise InputError("config: a study that is resumed keeps its options")
         own = {name: values.pop(name) for name in ("trials", "time_budget")}
         submission = resumed_study(resume, values, own, folder, out)
-    server = JobServer(address)
-    job = send(
-        server,
+    server, job = send(
+        address,
         submission,
         job_id=job_id,
         requirements=None if requirements is None else Path(requirements),
@@ -215,10 +213,9 @@ def fetch(
 ) -> None:
     """Bring a study's front, models and records home from a cluster."""
     from adq.search.executors.fetch import fetch
-    from adq.search.executors.job_server import JobServer
 
     folder = fetch(
-        JobServer(address),
+        address,
         name,
         Path(out or context.obj or str(OPTIONS["out"].default)),
         source=source,
@@ -292,6 +289,7 @@ def _shown(job: "Job") -> dict[str, Any]:
     data = job.to_json()
     for name in ("command", "message"):
         data[name] = re.sub(r"(://[^\s:/@]+):[^\s@/]+@", r"\1:***@", data[name])
+        data[name] = re.sub(r"([?&]\w*passw(?:or)?d=)[^\s&'\"]*", r"\1***", data[name])
     return {"study": job.metadata.get("adq_study", ""), "folder": job.metadata.get("adq_out", ""),
             **data}  # fmt: skip
 

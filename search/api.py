@@ -6,7 +6,7 @@ from typing import Any
 from adq.quant.errors import InputError
 from adq.search.budget import Budget
 from adq.search.config import IN_PYTHON, StudyConfig, make_config
-from adq.search.folder import open_study
+from adq.search.folder import StudyFolder, open_study
 from adq.search.front import Front
 from adq.search.observer import Observer
 from adq.search.run import SILENT, start
@@ -55,9 +55,11 @@ def resume(
     extend a finished study. `execution` are the options `executor`, `workers`, `gpus_per_trial`,
     `cpus_per_trial`, `address` and `checkpoints`, for this time.
 
-    Raises InputError when there is no such study, or when it is damaged.
+    Raises InputError when there is no such study, when it is damaged, or when it was fetched from
+    a cluster without what it needs to go on.
     """
     folder = open_study(out, name)
+    _require_all(folder)
     return run_on(
         folder,
         _task(folder.config, task),
@@ -66,6 +68,18 @@ def resume(
         time_budget=time_budget,
         **execution,
     )
+
+
+def _require_all(folder: StudyFolder) -> None:
+    """Raise InputError where only the front of a study was fetched from a cluster."""
+    needed = ["fp32.safetensors"] if folder.config.storage else ["study.db", "fp32.safetensors"]
+    missing = [name for name in needed if not folder.file(name).exists()]
+    if folder.file("fetched.json").exists() and missing:
+        raise InputError(
+            f"study {folder.name!r} was fetched without {' and '.join(missing)}, which resuming "
+            f"needs: bring it all with 'adq-search fetch {folder.name} --all', then resume it with "
+            "--executor local"
+        )
 
 
 def _task(config: StudyConfig, given: Task | str | None) -> Task:

@@ -209,7 +209,9 @@ class StudyConfig:
         1,
     )
     address: str | None = _option(
-        None, "text", "the Ray cluster: auto, or HOST:PORT; one on this machine if not given"
+        None,
+        "text",
+        "the Ray cluster: auto, HOST:PORT, or local: one on this machine, as if not given",
     )
     checkpoints: str | None = _option(
         None,

@@ -18,8 +18,10 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from adq.quant.errors import InputError
@@ -35,6 +37,18 @@ def _machine() -> str:
     except OSError:
         return os.uname().nodename.replace("-", "_")
     return text.strip().replace("-", "")
+
+
+_handles: "weakref.WeakSet[FileIO]" = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked process, such as a loader of data, keeps a lock for as long as it has the file."""
+    for handle in [*_handles]:
+        handle.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Crew:
@@ -55,10 +69,17 @@ class Crew:
         try:
             for name in (DRIVERS, RUNNING):
                 (self.folder / name).mkdir(exist_ok=True)
-            self._handle = open(self.folder / DRIVERS / self.id, "w+b", buffering=0)
+            while True:
+                path = self.folder / DRIVERS / self.id
+                self._handle = open(path, "w+b", buffering=0)
+                fcntl.flock(self._handle, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._handle.fileno()), path.stat()):
+                        break
+                self._handle.close()  # another process took it for a dead one's, before the lock
         except OSError as error:
             raise InputError(f"cannot write in {self.folder}: {error.strerror}") from None
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        _handles.add(self._handle)
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
         return self
@@ -93,6 +114,7 @@ class Crew:
         except OSError as error:
             raise InputError(f"cannot write in {self.folder}: {error.strerror}") from None
         with handle:
+            _handles.add(handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -116,6 +138,7 @@ class Crew:
                 raise
             finally:
                 self._inside = False
+                fcntl.flock(handle, fcntl.LOCK_UN)
 
     def others(self) -> list[str]:
         """The other processes that are alive."""

@@ -157,12 +157,15 @@ class UrlFiles:
         return self._opened
 
 
-def open_files(where: str) -> Files:
-    """The files of a folder, or of a URL; InputError where there is no way to such a URL."""
+def open_files(where: str, say: Callable[[str], None] | None = None) -> Files:
+    """The files of a folder, or of a URL; InputError where there is no way to such a URL.
+
+    `say` hears, in this process alone, when a URL does not answer and is waited for.
+    """
     if "://" not in where:
         return FolderFiles(Path(where).absolute())
     _maker(where)
-    return UrlFiles(where)
+    return UrlFiles(where, say)
 
 
 def _maker(url: str) -> "Callable[[], tuple[FileSystem, str]]":

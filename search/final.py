@@ -16,7 +16,7 @@ class FinalTraining:
     """The final models as a `Source` of jobs, shared among processes like a `StudyLoop`.
 
     `models` are names and their bits; two of equal bits are trained once. A model whose packed
-    file is missing or damaged is trained again.
+    file is missing or damaged is trained again, and so is one that failed in another process.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class FinalTraining:
         twin = next(name for name, bits in self.models.items() if bits == self.models[id])
         if twin not in self._records:
             record = self.folder.read_record(FINAL, twin)
-            if record is None or record.bits != self.models[twin] or not self._whole(record):
+            if record is None or record.error is not None or record.bits != self.models[twin]:
+                return None
+            if not self._whole(record):
                 return None
             self._records[twin] = record
         return replace(self._records[twin], id=id)

@@ -4,6 +4,7 @@ Each stage leaves its result in the study's folder and is skipped when it is the
 running a study and resuming one are the same thing.
 """
 
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
+from sqlalchemy import make_url
 
 from adq.proxies.base import Sensitivity
 from adq.quant.batches import threads
@@ -37,7 +39,7 @@ from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point as SeedPoint
 from adq.search.seeds import combined_scores, fits, make_seeds
 from adq.search.sensitivity import ensemble_of, load_sensitivities, sensitivities, to_csv
-from adq.search.storage import StudyStorage, create_study_in
+from adq.search.storage import JOURNAL, StudyStorage, create_study_in, file_of
 from adq.search.study import StudyLoop
 from adq.search.task import Task
 
@@ -50,9 +52,11 @@ SILENT = Observer()
 def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front:
     """Run a new study. Everything that can be checked is checked before its folder appears."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = _absolute(config)
     problem = make_problem(config, task)
     if config.weights is not None:
         load_user_weights(problem.initial_model, Path(config.weights))
+    _try_checkpoints(config)
     with make_executor(config) as executor:
         problem = replace(problem, config=settled(config, executor))
 
@@ -66,8 +70,40 @@ def start(config: StudyConfig, task: Task, observer: Observer = SILENT) -> Front
             )
 
         folder = create_study(problem.config, add_storage)
+        _claim_storage(folder, observer)
         observer.message(f"study {folder.name} in {folder.path}")
         return _resume(folder, problem, folder.config, executor, observer)
+
+
+def _absolute(config: StudyConfig) -> StudyConfig:
+    """With places that mean the same wherever the study is resumed from."""
+    changed: dict[str, Any] = {}
+    if config.checkpoints is not None and "://" not in config.checkpoints:
+        changed["checkpoints"] = str(Path(config.checkpoints).absolute())
+    if config.storage is not None and (file := file_of(config.storage)) is not None:
+        if config.storage.startswith(JOURNAL):
+            changed["storage"] = f"{JOURNAL}{file}"
+        else:
+            url = make_url(config.storage).set(database=str(file))
+            changed["storage"] = url.render_as_string(hide_password=False)
+    return make_config(vars(config), changed)
+
+
+def _try_checkpoints(config: StudyConfig) -> None:
+    """InputError now, not after the first epoch, where checkpoints cannot be written."""
+    if config.checkpoints is not None:
+        name, files = f"probe-{secrets.token_hex(4)}", open_files(config.checkpoints)
+        files.write(name, b"")
+        files.remove(name)
+
+
+def _claim_storage(folder: StudyFolder, observer: Observer) -> None:
+    """Say in the storage that the study has a folder: else it counts as a leftover of a process
+    that died in between, and a study of the same name takes its place."""
+    storage = StudyStorage(folder.storage_url, folder.config.study or "", observer.message)
+    if storage.study_attr("folder") is None:
+        storage.set_study_attr("folder", folder.name)
+    storage.close()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -100,8 +136,9 @@ def resume(
     kept = folder.extended(trials, time_budget)
     if folder.finished and kept == folder.config:
         execution = {"executor": "local"}  # only damaged models are made again
-    config = make_config(vars(kept), execution)
+    config = _absolute(make_config(vars(kept), execution))
     problem = make_problem(config, task)
+    _try_checkpoints(config)
     with make_executor(config) as executor:
         return _resume(folder, problem, kept, executor, observer)
 
@@ -122,7 +159,14 @@ def _resume(
         try:
             with crew.exclusive(waiting):
                 crew.sweep()
+                _claim_storage(folder, observer)
                 prepared = _prepare(problem, folder, kept, observer)
+            window = problem.config.window or 1
+            if window < executor.workers or (window == 1 and crew.others()):
+                observer.message(
+                    f"window {window}: no more than {window} of this study's trainings run at "
+                    "once, which was fixed when it began; a new one may have a larger --window"
+                )
             loop, final = _train_all(prepared, folder, clock, crew, executor, observer)
             with crew.exclusive(waiting):
                 front = _results(problem, folder, prepared.fp32, loop, final, observer)
@@ -154,7 +198,9 @@ def _prepare(
     shared = problem.config.checkpoints  # by several studies
     where = folder.file(CHECKPOINTS) if shared is None else f"{shared.rstrip('/')}/{folder.name}"
     logs = folder.file("tune")
-    bench = Bench(problem, fp32.model, ranges, files, open_files(str(where)), logs)
+    bench = Bench(
+        problem, fp32.model, ranges, files, open_files(str(where), observer.message), logs
+    )
     return _Prepared(fp32, _proposals(problem, folder, found), bench)
 
 
@@ -171,8 +217,6 @@ def _train_all(
     problem, config = bench.problem, bench.problem.config
     uniform = _uniform_around(problem)
     storage = StudyStorage(folder.storage_url, folder.config.study or "", observer.message)
-    if storage.study_attr("folder") is None:  # it is no leftover of a study that was never begun
-        storage.set_study_attr("folder", folder.name)
     loop = StudyLoop(folder, problem, prepared.proposals, clock, crew, storage, len(uniform))
     observer.stage("search", config.trials)
     for _ in loop.records:
@@ -189,7 +233,6 @@ def _train_all(
         shown = now
 
     def begin_final() -> FinalTraining:
-        loop.close()
         if not loop.records:
             raise InputError(f"no trial record in {folder.file(TRIALS)}: restore them")
         if not loop.front:
@@ -226,12 +269,16 @@ class _Phases:
             job = self.loop.ask()
             if job is not None or not self.loop.done:
                 return job
+            if not self.loop.close():
+                return None
             self.final = self._begin_final()
         return self.final.ask()
 
     def tell(self, job: Job, record: Record) -> Record:
-        source = self.loop if self.final is None else self.final
-        return source.tell(job, record)
+        if not job.final:
+            return self.loop.tell(job, record)
+        assert self.final is not None
+        return self.final.tell(job, record)
 
 
 def _write_so_far(problem: Problem, folder: StudyFolder) -> str:
@@ -365,6 +412,7 @@ def _results(
             "fp32": {"validation": asdict(fp32.validation), "test": asdict(fp32.test)},
         },
     )
+    shutil.rmtree(folder.file(CHECKPOINTS), ignore_errors=True)  # nothing is under way
     observer.step("written")
     return front
 

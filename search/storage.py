@@ -13,7 +13,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ from adq.search.journal import JOB, Journal
 from adq.search.patience import Patience, reason
 
 T = TypeVar("T")
+
+_PASSWORDS = ("password", "passwd", "sslpassword")
+"""Of a URL's query: those of libpq and of MySQL's drivers."""
 
 JOURNAL = "journal:"
 OPEN_PATIENCE_S, PATIENCE_S = 30.0, 300.0
@@ -70,17 +73,19 @@ class FinishedOtherwiseError(InputError):
 
 
 def shown(url: str) -> str:
-    """The URL without its password, for messages."""
-    try:
-        return url if url.startswith(JOURNAL) else make_url(url).render_as_string()
-    except (sqlalchemy.exc.ArgumentError, ValueError):
+    """The URL without its passwords, for messages."""
+    if url.startswith(JOURNAL):
         return url
+    with suppress(sqlalchemy.exc.ArgumentError, ValueError):
+        url = make_url(url).render_as_string()
+    return re.sub(rf"([?&](?:{'|'.join(_PASSWORDS)})=)[^&]*", r"\1***", url)
 
 
 def file_of(url: str) -> Path | None:
-    """The file that a storage of this URL is, None where it is none."""
+    """The file that a storage of this URL is, None where it is none; InputError for a journal
+    that names none."""
     if url.startswith(JOURNAL):
-        return Path(url.removeprefix(JOURNAL)).absolute()
+        return Path(_journal(url)).absolute()
     try:
         parsed = make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -90,8 +95,19 @@ def file_of(url: str) -> Path | None:
     return Path(path).absolute() if local else None
 
 
+def _journal(url: str) -> str:
+    path = url.removeprefix(JOURNAL)
+    if not path:
+        raise InputError(f"storage: expected a file as journal:FILE, got {url!r}")
+    return path
+
+
 def has_password(url: str) -> bool:
-    return shown(url) != url
+    try:
+        parsed = make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return False
+    return parsed.password is not None or any(name in parsed.query for name in _PASSWORDS)
 
 
 @contextmanager
@@ -148,6 +164,12 @@ def create_study_in(
     One with neither trials nor user attributes is no such study: a process died between creating
     it and creating its folder. It makes way.
     """
+    path = file_of(url)
+    if path is not None and not path.parent.is_dir():
+        raise InputError(
+            f"storage {shown(url)} cannot be used: there is no folder {path.parent}; make it, or "
+            "give another --storage"
+        )
 
     def create() -> None:
         storage = _opened(url)
@@ -324,7 +346,7 @@ def _require_file(url: str) -> None:
     """Raise InputError where SQLite would make an empty database, or keep one in memory only, and
     where Optuna would make an empty journal."""
     if url.startswith(JOURNAL):
-        path = url.removeprefix(JOURNAL)
+        path = _journal(url)
     else:
         with storage_errors(url):
             parsed = make_url(url)

@@ -167,11 +167,16 @@ class StudyLoop:
                 self._store(self._trainings[place].trial, record)
             return record
 
-    def close(self) -> None:
-        """End the search: trials that wait on a rung are told as pruned."""
+    def close(self) -> bool:
+        """End the search: trials that wait on a rung are told as pruned.
+
+        False, and nothing else, where another process has chosen a training since.
+        """
         with self.crew.exclusive() as changed:
             if changed:
                 self._read()
+            if self._open:
+                return False
             while self._taken < len(self._trainings):
                 self._take()
             for number in self.ladder.waiting():
@@ -180,6 +185,7 @@ class StudyLoop:
                 self._prune(trial)
                 self._store(trial, self.records[trial.id])
         self._storage.close()
+        return True
 
     def in_time(self) -> bool:
         """Whether the time budget has room for another candidate before final training."""

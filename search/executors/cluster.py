@@ -46,7 +46,7 @@ def examine_cluster(address: str, out: str, checkpoints: str | None) -> list[Fin
         ray.init(address, namespace="adq-doctor", logging_level=logging.ERROR, log_to_driver=False)
     except AuthenticationError as error:
         return [(PROBLEM, f"{address} refuses this driver: {_line(error)}", token)]
-    except (RuntimeError, ValueError, OSError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (Ray raises plain Exceptions, too)
         text = str(error) if isinstance(error, InputError) else reason_of(address, error)
         text, _, remedy = text.partition("; ")
         return [(PROBLEM, text, remedy or "see 'ray status' on the head")]

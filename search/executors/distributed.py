@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -81,7 +82,10 @@ def _telling(failures: Mapping[int, BaseException]) -> BaseException:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error itself, out of what Ray wrapped around it."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+    """The error itself, out of what Ray wrapped around it; bad input is told as it was put."""
+    while not isinstance(error, InputError) or isinstance(error, RayError):  # Ray's may be both
+        inner = getattr(error, "cause", None) or error.__cause__
+        if inner is None:
+            break
         error = inner
     return error

@@ -15,8 +15,8 @@ import shlex
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -133,7 +133,7 @@ class Unpacker:
 
 
 def fetch(
-    server: JobServer,
+    address: str | None,
     name: str,
     out: Path,
     *,
@@ -142,13 +142,14 @@ def fetch(
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Bring study `name` into `out`; returns its folder there.
+    """Bring study `name` from the cluster at `address` into `out`; returns its folder there.
 
     `source` is the folder of studies on the cluster, if it is not what its last job was told. A
     study that was fetched before is replaced; one that was made or resumed here only with `force`.
     """
     make_config({"study": name})  # a plain name
     _may_replace(out / name, force)
+    server = JobServer(address)
     where = study_folder(server, name, source)
     flag = " --all" if everything else ""
     command = f"exec adq-search pack --out {shell_path(where)}{flag} -- {shlex.quote(name)}"
@@ -159,7 +160,11 @@ def fetch(
         scratch = tempfile.TemporaryDirectory(prefix=".fetch-", dir=out)
     except OSError as error:
         raise InputError(f"cannot write in {out}: {error.strerror}") from None
-    with scratch as temporary, open(Path(temporary) / "archive", "w+b") as archive:
+    with (
+        scratch as temporary,
+        _writing(out),
+        open(Path(temporary) / "archive", "w+b") as archive,
+    ):
         unpacker = Unpacker(archive)
         server.submit(command, job_id, {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}, {})
         try:
@@ -185,6 +190,15 @@ def fetch(
         (folder / "fetched.json").write_text(json.dumps(origin, indent=1) + "\n")
         _put(folder, out / name, Path(temporary))
     return out / name
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A full disk, and the like, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write in {out}: {error.strerror or error}") from None
 
 
 def _extract(archive: IO[bytes], folder: Path) -> None:

@@ -29,6 +29,10 @@ PATIENCE_S = 60.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+class _UnwrittenError(Exception):
+    """A log could not be passed on, which is no fault of the connection; the cause says why."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What the job server knows of a job; times are seconds since 1970."""
@@ -182,27 +186,35 @@ class JobServer:
     def follow(self, id: str, write: Callable[[str], None]) -> Job:
         """Pass on the job's log as it grows, until the job has ended; returns how it ended.
 
-        A connection that breaks is made again, and the log goes on where it was.
+        A connection that breaks is made again, and the log goes on where it was. What `write`
+        raises passes.
         """
-        seen, lost = 0, time.monotonic()
+        seen = 0
+        lost: float | None = None  # since when nothing answers
 
         async def tail() -> None:
             nonlocal seen, lost
             at = 0
             async for text in self._client.tail_job_logs(id):
-                lost = time.monotonic()
+                lost = None
                 new = text[max(seen - at, 0) :]
                 at += len(text)
                 seen = max(seen, at)
-                if new:
-                    write(new)
+                try:
+                    if new:
+                        write(new)
+                except Exception as error:
+                    raise _UnwrittenError from error
 
         job = self.job(id)
         while True:
             failure: Exception | None = None
+            began = time.monotonic()
             try:
                 asyncio.run(tail())
-                job = self.job(id)
+                job, lost = self.job(id), None
+            except _UnwrittenError as error:
+                raise error.__cause__ or error from None
             except (RuntimeError, OSError, TimeoutError, InputError) as error:
                 failure = error  # aiohttp's are OSErrors, or RuntimeErrors of Ray about them
             except Exception as error:  # aiohttp has errors of other kinds
@@ -211,11 +223,17 @@ class JobServer:
                 failure = error
             if failure is None and job.has_ended:
                 return job
-            if time.monotonic() - lost > PATIENCE_S and failure is not None:
-                raise InputError(
-                    f"lost the job server at {self.url} ({_last_line(failure)}): if the head still "
-                    f"lives, so does the job: 'adq-search logs {id} --follow'"
-                )
+            if failure is not None:
+                now = time.monotonic()
+                # a connection may have held for long without a word of the job
+                held = now - began > PATIENCE_S and not isinstance(failure, TimeoutError)
+                if lost is None or held:
+                    lost = now
+                if now - lost > PATIENCE_S:
+                    raise InputError(
+                        f"lost the job server at {self.url} ({_last_line(failure)}): if the head "
+                        f"still lives, so does the job: 'adq-search logs {id} --follow'"
+                    )
             time.sleep(1)
 
 

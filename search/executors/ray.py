@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -34,7 +35,9 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import AuthenticationError
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
+from ray.tune.error import TuneError
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search import Searcher
 
@@ -47,6 +50,7 @@ from adq.search.executors.parcel import Parcel, pack, unpack
 from adq.search.jobs import TRIES, Bench, Job, Source, hand_in, run_job
 
 ASK_S, REACH_S = 0.5, 5.0
+LOOK_S, FULL_S = 10.0, 60.0
 RECORD, MISFIT = "record", "misfit"
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray keeps what a submitted job was given, in the job's environment."""
@@ -61,6 +65,8 @@ TUNE_ENV = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1e9",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "1e9",
 }
+_NO_MEMORY = re.compile(r"low on memory|OutOfMemory|out of memory|OUT_OF_MEMORY|OOM kill reason")
+_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+).*?was (\S+) used / (\S+) limit")
 log = logging.getLogger(__name__)
 
 
@@ -110,13 +116,13 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
         In `bench.logs` each training gets a folder for TensorBoard's event files.
 
-        Raises InputError where a training meets what does not lie in its candidate, and whatever
-        `source` and `heard` raise.
+        Raises InputError where a training meets what does not lie in its candidate, or where the
+        cluster is lost, and whatever `source` and `heard` raise.
         """
         parcel = self._send(bench)
         started, used = time.time(), time.process_time()
         search = _Search(source, bench, heard)
-        callbacks: list[Any] = [_Deaths(search)]
+        callbacks: list[Any] = [_Deaths(search), _Room(parcel.ranks, parcel.cpus, parcel.gpus)]
         if bench.logs is not None:
             callbacks.append(_Board(bench.logs))
         trainable = tune.with_resources(
@@ -125,7 +131,12 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             if parcel.ranks == 1
             else tune.PlacementGroupFactory([{"memory": 1}]),  # a byte; Tune wants something
         )
-        with _quiet_tune(), tempfile.TemporaryDirectory(prefix="adq-") as scratch:
+        with (
+            _quiet_tune(),
+            _killed(),
+            _lost(search),
+            tempfile.TemporaryDirectory(prefix="adq-") as scratch,
+        ):
             tune.run(
                 trainable,
                 name=f"{self.name}-{os.getpid()}",
@@ -176,6 +187,9 @@ def room(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
 def shares(config: StudyConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[int, int, float]:
     """(ranks, CPUs of each, GPUs of each) of a training.
 
+    cpus-per-trial and gpus-per-trial are shared out among the ranks. Each gets whole CPUs, and at
+    least one: 3 ranks with 2 CPUs take 3.
+
     Raises InputError where the nodes have no room for one.
     """
     most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
@@ -210,7 +224,8 @@ def _connect(config: StudyConfig, name: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # else it prints on stdout of every worker that dies, which no option of Ray's turns off
     ray._private.worker.print_to_stdstream = _log_messages  # type: ignore[assignment]
-    address, env = config.address, _worker_env(config)
+    address = None if config.address == "local" else config.address
+    env = _worker_env(config)
     options: dict[str, Any] = {
         "namespace": f"adq-{name}",
         "logging_level": logging.ERROR,
@@ -229,7 +244,7 @@ def _connect(config: StudyConfig, name: str) -> None:
         raise InputError(
             f"address: the Ray cluster wants a token ({_one_line(error)[:120]})"
         ) from None
-    except (RuntimeError, ValueError, OSError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (Ray raises plain Exceptions, too)
         with suppress(Exception):
             ray.shutdown()
         raise InputError(reason_of(address, error)) from None
@@ -337,6 +352,42 @@ def _quiet_tune() -> Iterator[None]:
             signal.signal(signal.SIGUSR1, handler)
 
 
+@contextmanager
+def _killed() -> Iterator[None]:
+    """Whatever Ray says of a process that it ended is that process's death.
+
+    Tune itself ends the whole run when Ray's memory monitor kills a training: it knows no other
+    errors than RayActorError and RayTaskError.
+    """
+    failed = RayActorManager._actor_task_failed
+
+    def failed_as_actor(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        known = isinstance(exception, RayActorError | RayTaskError)
+        if isinstance(exception, RayError) and not known:
+            id = tracked_actor_task._tracked_actor.actor_id
+            exception = RayActorError(str(id), f"{type(exception).__name__}: {exception}")
+        failed(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed_as_actor  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = failed  # type: ignore[method-assign]
+
+
+@contextmanager
+def _lost(search: "_Search") -> Iterator[None]:
+    """Ray's own errors in one line, after what the source or a training had to say."""
+    try:
+        yield
+    except (RayError, TuneError) as error:
+        if search.error is None:
+            raise InputError(
+                f"the Ray cluster was lost: {_one_line(error)[:300]}; look at its nodes with "
+                "'adq-search doctor --address', and start the study again: it goes on"
+            ) from error
+
+
 def _trainable(parcel: Parcel) -> Callable[[dict[str, Any]], None]:
     """What Tune runs on a worker: one training, its record in the last report."""
 
@@ -439,14 +490,14 @@ class _Search(_Driver, Searcher):
                 self.first = found["started"], found["load"]
             self._tell(trial_id, Record.from_json(json.loads(found[RECORD])))
 
-    def fail(self, trial_id: str, reason: str) -> None:
-        """Tell that the training was given up."""
+    def fail(self, trial_id: str, reason: str, seconds: float) -> None:
+        """Tell that the training was given up, so long after it first began."""
         with self._noted():
             job = self._jobs[trial_id]
             text = f"given up after {TRIES} deaths of its process: {reason}"
-            self._tell(
-                trial_id, failed_record(self._bench.problem, job.bits, job.id, job.epochs, text)
-            )
+            problem = self._bench.problem
+            record = failed_record(problem, job.bits, job.id, job.epochs, text, seconds)
+            self._tell(trial_id, record)
 
     def _tell(self, trial_id: str, record: Record) -> None:
         job = self._jobs.pop(trial_id)
@@ -481,25 +532,77 @@ class _Stop(_Driver, tune.Stopper):
 
 
 class _Deaths(_Driver, tune.Callback):
-    """Hears of trials that Tune gives up, and why."""
+    """Hears of trials that Tune gives up, and why; counts deaths anew after each epoch done.
+
+    An epoch done over again does not count, else a training that keeps no checkpoints could die
+    for ever.
+    """
 
     def __init__(self, search: _Search) -> None:
         self._search = search
+        self._epochs: dict[str, int] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        epoch = result.get("epoch", 0)
+        if epoch > self._epochs.get(trial.trial_id, 0):
+            self._epochs[trial.trial_id] = epoch
+            trial.run_metadata.num_failures = 0
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = trial.error_file
         text = Path(path).read_text() if path and os.path.exists(path) else ""
-        self._search.fail(trial.trial_id, _death(text))
+        started = trial.run_metadata.start_time
+        seconds = 0.0 if started is None else time.time() - started
+        self._search.fail(trial.trial_id, _death(text), seconds)
+
+
+class _Room(_Driver, tune.Callback):
+    """Says when the living nodes have had no room for a training for a minute."""
+
+    def __init__(self, ranks: int, cpus: int, gpus: float) -> None:
+        self._needs = ranks, cpus, gpus
+        self._next_look, self._since, self._told = 0.0, 0.0, False
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        ranks, cpus, gpus = self._needs
+        with suppress(RayError):
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            if room(nodes, cpus, gpus) >= ranks:
+                self._since, self._told = 0.0, False
+                return
+            self._since = self._since or now
+            if now - self._since >= FULL_S and not self._told:
+                self._told = True
+                log.warning(
+                    "the Ray cluster has had no room for a training for a minute: its %d living "
+                    "nodes are too small; the study goes on when nodes are added",
+                    len(nodes),
+                )
 
 
 def _death(text: str) -> str:
-    """The last of Tune's reports of failures, in one line."""
+    """The last of Tune's reports of failures, in one line; what to do where memory ran out."""
     last = text.rpartition("Failure # ")[2].partition("\n")[2]
+    if _NO_MEMORY.search(last.partition("Some common causes")[0]):
+        found = _MEMORY.search(last)
+        where = "" if found is None else " ({}: {} of {} used)".format(*found.groups())
+        return (
+            f"out of memory: Ray ended it, as its node's ran out{where}; run fewer at a time "
+            "there (--cpus-per-trial, --workers), or load less data or smaller batches"
+        )
     for mark in ("Worker exit detail:", "The actor died because", "Error:"):
         if mark in last:
             last = last.rpartition(mark)[2]
             break
-    return " ".join(last.partition("Some common causes")[0].split())[:200] or "unknown"
+    known, causes, _ = last.partition("Some common causes")
+    hint = " (if 'dmesg' on its node says 'oom-kill', memory ran out: run fewer at a time there)"
+    return (" ".join(known.split())[:200] or "unknown") + (hint if causes else "")
 
 
 class _Board(_Driver, TBXLoggerCallback):

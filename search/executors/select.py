@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from adq.quant.errors import InputError
 from adq.search.config import StudyConfig, make_config
 from adq.search.executors.local import LocalExecutor
 from adq.search.jobs import Executor
@@ -29,7 +30,20 @@ def _many(config: StudyConfig) -> bool:
 
 def settled(config: StudyConfig, executor: Executor) -> StudyConfig:
     """The configuration with what is fixed when a study begins, so that its results stay the same
-    however it is resumed: its window, and how many processes train a candidate together."""
+    however it is resumed: its window, and how many processes train a candidate together.
+
+    Raises InputError for options that the executor has no use for.
+    """
+    idle = {name: getattr(config, name) for name in ("workers", "ranks", "gpus_per_trial")}
+    idle = {name: value for name, value in idle.items() if (value or 1) > 1}
+    if config.address is not None:
+        idle["address"] = config.address
+    if isinstance(executor, LocalExecutor) and idle:
+        name, value = next(iter(idle.items()))
+        raise InputError(
+            f"{name.replace('_', '-')} {value}: the local executor trains one candidate at a time, "
+            "in this process; leave it out, or use --executor ray"
+        )
     # a training that takes twice as long as others must not keep them waiting; of very many
     # workers some always meet one (studies/benchmarks/scaling)
     workers = executor.workers

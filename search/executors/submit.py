@@ -90,7 +90,7 @@ def resumed_study(
 
 
 def send(
-    server: JobServer,
+    address: str | None,
     submission: Submission,
     *,
     job_id: str | None = None,
@@ -98,8 +98,14 @@ def send(
     cpus: float | None = None,
     gpus: float | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> str:
-    """Send it, with the working folder; returns the job's id."""
+) -> tuple[JobServer, str]:
+    """Send it, with the working folder, to the job server at `address`; returns that and the
+    job's id.
+
+    Raises InputError, before the server is asked, for what cannot be sent.
+    """
+    if not submission.folder.is_dir():
+        raise InputError(f"working-dir: {submission.folder} is no folder")
     if job_id is not None and job_id != _as_id(job_id):
         raise InputError(f"job-id: expected letters, digits and any of _.-, got {job_id!r}")
     if gpus and not submission.out.startswith("/"):
@@ -112,6 +118,7 @@ def send(
     }
     if requirements is not None:
         runtime_env["pip"] = _requirements(requirements)
+    server = JobServer(address)
     with tempfile.TemporaryDirectory(prefix="adq-submit-") as scratch:
         package = Path(scratch) / "working_dir.zip"
         count = write_package(submission.folder, submission.files, package)
@@ -119,7 +126,7 @@ def send(
             size = package.stat().st_size
             say(f"sending {count} files of {submission.folder.resolve()} ({size / 1e6:.1f} MB)")
             runtime_env["working_dir"] = str(package)
-        return server.submit(
+        id = server.submit(
             submission.command,
             job_id or f"{_as_id(submission.study)}-{secrets.token_hex(3)}",
             runtime_env,
@@ -127,6 +134,7 @@ def send(
             cpus,
             gpus,
         )
+    return server, id
 
 
 def check_version(sender: str) -> None:

@@ -14,6 +14,7 @@ import adq
 from adq.quant.evaluate import evaluate
 from adq.quant.export.packed import packed_tensors, read_metadata
 from adq.quant.modules import AdaptiveWeight, weight_quantizer
+from adq.search.config import make_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -77,6 +78,20 @@ def test_a_study_of_a_task_object_resumes_with_that_object(front: adq.Front) -> 
     assert adq.resume(name, tiny_task.make_task(), out=out) == front
     with pytest.raises(adq.InputError, match=r"resume it from Python, with adq.resume"):
         adq.resume(name, out=out)
+
+
+def test_a_study_fetched_without_all_of_it_says_how_to_resume_it(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "study.toml").write_text(make_config({"budget_bits": 3.0, "study": "s"}).to_toml())
+    (folder / "fetched.json").write_text("{}")
+    said = r"'s' was fetched without {}, which .*'adq-search fetch s --all'.*--executor local$"
+    with pytest.raises(adq.InputError, match=said.format(r"study\.db and fp32\.safetensors")):
+        adq.resume("s", out=tmp_path)
+    (folder / "study.db").touch()
+    with pytest.raises(adq.InputError, match=said.format(r"fp32\.safetensors")):
+        adq.resume("s", out=tmp_path)
+    assert not (folder / "lock").exists()  # so that it may be fetched again
 
 
 def test_unknown_options_and_missing_budgets_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Several processes in one folder: who has what, who is gone, and one at a time."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -139,6 +140,27 @@ def test_a_clock_that_jumps_changes_nothing(
             assert not crew.is_free("0000-0")
     finally:
         other.end()
+
+
+def test_a_process_forked_with_the_lock_held_does_not_keep_it(tmp_path: Path) -> None:
+    """As loaders of data that stay alive are; nor does it keep its parent alive for the others."""
+    with Crew(tmp_path) as crew:
+        with crew.exclusive():
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+        try:
+            with crew.exclusive(lambda: pytest.fail("the lock is still held")):
+                pass
+            other = Crew(tmp_path)
+            assert other.alive(crew.id)
+            time.sleep(0.2)
+            crew._handle.close()  # as when it is killed; the child lives on
+            assert not other.alive(crew.id)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_half_written_files_are_swept_when_nobody_else_is_there(tmp_path: Path) -> None:

@@ -143,6 +143,21 @@ def test_passing_errors_are_waited_out(failing: UrlFiles) -> None:
     assert len(said) == 4
 
 
+def test_waiting_is_said_to_who_opened_the_files_and_in_no_other_process(
+    failing: UrlFiles,
+) -> None:
+    said: list[str] = []
+    files = open_files(failing.url, said.append)
+    Failing.refusals[:] = [OSError("SLOW_DOWN")]
+    files.write("a/b", b"whole")
+    assert [line.partition("files ")[2][:8] for line in said] == ["does not", "is back "]
+
+    other: Files = pickle.loads(pickle.dumps(open_files(failing.url, lambda text: None)))
+    Failing.refusals[:] = [OSError("SLOW_DOWN")]
+    assert other.read("a/b") == b"whole"
+    assert len(said) == 2
+
+
 def test_a_file_that_is_not_moved_to_its_place_leaves_nothing(failing: UrlFiles) -> None:
     failing.write("a/b", b"before")
     failing.patience_s = 0

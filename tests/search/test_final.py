@@ -116,7 +116,7 @@ def test_a_record_of_other_bits_is_not_taken_for_the_models(place: Place) -> Non
     assert all(r is not None and r.bits == place.models[id] for id, r in records.items())
 
 
-def test_a_model_that_failed_is_done_and_its_twin_too(place: Place) -> None:
+def test_a_model_that_failed_is_done_for_this_process_and_tried_by_the_next(place: Place) -> None:
     with place.process() as final:
         job = final.ask()
         assert job is not None
@@ -124,9 +124,15 @@ def test_a_model_that_failed_is_done_and_its_twin_too(place: Place) -> None:
         assert hand_in(final, place.bench, job, failed) == failed
         assert final.record("t0003") == failed
         assert final.record("uniform-3") == replace(failed, id="uniform-3")
+        other = final.ask()
+        assert other is not None
+        assert other.id == "uniform-2"
+        hand_in(final, place.bench, other, place.train(other))
+        assert final.ask() is None
+        assert final.done
     records = place.run()
-    assert place.trained == {"uniform-2": 1}
-    assert records["t0003"] == failed
+    assert place.trained == {"uniform-2": 1, "t0003": 1}
+    assert all(record is not None and record.error is None for record in records.values())
 
 
 def test_a_damaged_record_is_one_line(place: Place) -> None:

@@ -282,7 +282,7 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "python", "cpu"])
 def test_a_batch_that_does_not_fit_is_cut_in_half(
     tmp_path: Path, place: Place, error: Exception
 ) -> None:

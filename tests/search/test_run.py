@@ -562,6 +562,27 @@ def test_a_study_stopped_at_every_stage_ends_like_an_undisturbed_one(
     assert len(set(trained)) == len(raw(undisturbed, TRIALS)) + len(raw(undisturbed, FINAL))
 
 
+def test_a_study_that_has_just_begun_keeps_its_place_in_a_shared_storage(tmp_path: Path) -> None:
+    """It has no trial yet, as a leftover of a process that died before the folder was there."""
+    storage = {"storage": f"sqlite:///{tmp_path}/shared.db"}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, fp32, "train_", 1, after=False)
+        with pytest.raises(Stop):
+            study_in(tmp_path / "a", **QUICK, **storage)
+    with pytest.raises(InputError, match="has a study 's' already"):
+        study_in(tmp_path / "b", **QUICK, **storage)
+    resume(open_study(tmp_path / "a", "s"), tiny_task.make_task())
+
+
+def test_a_place_for_checkpoints_that_cannot_be_used_is_said_before_there_is_a_study(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*file/x"):
+        study_in(tmp_path / "runs", **QUICK, checkpoints=str(tmp_path / "file" / "x"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_damaged_or_missing_weights_of_a_final_model_are_made_again(tmp_path: Path) -> None:
     found = study_in(tmp_path, **QUICK)
     files = sorted(found.folder.file("models").iterdir())

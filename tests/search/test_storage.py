@@ -32,6 +32,7 @@ from adq.search.storage import (
     StudyStorage,
     close_storage,
     create_study_in,
+    has_password,
     open_storage,
     shown,
     storage_errors,
@@ -384,8 +385,15 @@ def test_a_server_that_is_not_there_is_waited_for_and_said(tmp_path: Path) -> No
 def test_a_missing_file_is_said_at_once_and_none_is_made(tmp_path: Path, kind: str) -> None:
     refused(f"{kind}{tmp_path}/study", "there is no file .*study; restore it")
     assert [*tmp_path.iterdir()] == []
-    with pytest.raises(InputError, match="cannot be used"):
+    with pytest.raises(InputError, match=r"there is no folder .*nosuch; make it, or give another"):
         create(f"{kind}{tmp_path}/nosuch/study")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("made_or_opened", [create, open_storage])
+def test_a_journal_without_a_file_is_one_line(made_or_opened: Callable[[str], object]) -> None:
+    with pytest.raises(InputError, match=r"^storage: expected a file as journal:FILE, got 'jou"):
+        made_or_opened("journal:")
 
 
 def test_a_missing_driver_is_one_line_that_names_the_package(
@@ -494,3 +502,16 @@ def test_messages_show_no_password() -> None:
         storage_errors("postgresql://me:secret@host/db"),
     ):
         raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("key", ["password", "passwd", "sslpassword"])
+def test_a_password_behind_the_question_mark_is_one_too(key: str) -> None:
+    url = f"postgresql://me@host/db?connect_timeout=3&{key}=secret%26x&sslmode=require"
+    assert has_password(url)
+    assert "secret" not in shown(url)
+    assert f"{key}=***" in shown(url)
+    assert "connect_timeout=3" in shown(url)
+    assert "sslmode=require" in shown(url)
+    assert has_password("postgresql://me:secret@host/db")
+    for without in ("postgresql://me@host/db?options=-c a", "journal:/a?b", "sqlite:////a/b c.db"):
+        assert not has_password(without)

@@ -629,6 +629,24 @@ def test_a_result_that_comes_late_from_a_process_taken_for_dead_changes_nothing(
             assert lost.ask() != job
 
 
+def test_a_search_is_not_closed_while_another_process_has_begun_more(tmp_path: Path) -> None:
+    folder, bench = make_study(tmp_path, **MANY, rungs=(0,), reduction=2)
+    bench.run(folder)
+    more = Bench(replace(bench.problem, config=replace(bench.problem.config, trials=16)))
+    with bench.loop(folder) as short, more.loop(folder) as long:
+        assert short.ask() is None
+        assert short.done
+        job = long.ask()
+        assert job is not None
+        assert short.close() is False
+        assert short.ask() is None
+        assert not short.done
+        long.tell(job, more.result(job))
+        assert long.close() is True
+        assert short.ask() is None
+        assert short.close() is True
+
+
 def test_a_search_whose_first_candidates_all_fail_ends(tmp_path: Path) -> None:
     folder, bench = make_study(tmp_path, **MANY, window=1)
     bench.failing = tuple(f"{i:04d}" for i in range(14))

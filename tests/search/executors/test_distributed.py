@@ -8,9 +8,10 @@ import pytest
 import torch
 import watched_task
 from jobs_to_do import JobsToDo
+from ray.exceptions import RayTaskError
 from trainings import bench_of, jobs_of
 
-from adq.quant.errors import InputError
+from adq.quant.errors import CheckpointError, InputError
 from adq.search.config import StudyConfig
 from adq.search.executors.distributed import _telling
 from adq.search.executors.local import LocalExecutor
@@ -75,3 +76,13 @@ def test_of_several_ranks_errors_the_one_that_tells_most_is_raised() -> None:
     assert _telling({0: lost, 1: misfit, 2: memory}) is memory
     assert _telling({0: lost, 1: wrapped}) is memory
     assert _telling({0: lost}) is lost
+
+
+@pytest.mark.parametrize("kind", [InputError, CheckpointError])
+def test_bad_input_keeps_its_text_whatever_it_came_from(kind: type[InputError]) -> None:
+    misfit = kind("checkpoint: expected a disk with room")
+    misfit.__cause__ = OSError(28, "No space left on device")
+    assert _telling({0: misfit}) is misfit
+    wrapped = RayTaskError("train", "a remote traceback", misfit).as_instanceof_cause()
+    assert isinstance(wrapped, kind)  # and one of Ray's, with its text
+    assert _telling({0: wrapped}) is misfit

@@ -9,9 +9,10 @@ import subprocess
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,24 @@ from hypothesis import strategies as st
 
 from adq.quant.errors import InputError
 from adq.search.config import OPTIONS, make_config
-from adq.search.executors import package, submit
-from adq.search.executors.fetch import LINE_BYTES, Unpacker, _extract, _may_replace, _put, pack
-from adq.search.executors.job_server import Job, _about_token, job_server_url
+from adq.search.executors import fetch as fetching
+from adq.search.executors import job_server, package, submit
+from adq.search.executors.fetch import (
+    LINE_BYTES,
+    Unpacker,
+    _extract,
+    _may_replace,
+    _put,
+    fetch,
+    pack,
+)
+from adq.search.executors.job_server import (
+    PATIENCE_S,
+    Job,
+    JobServer,
+    _about_token,
+    job_server_url,
+)
 from adq.search.executors.package import write_package
 from adq.search.executors.submit import (
     check_version,
@@ -30,6 +46,7 @@ from adq.search.executors.submit import (
     outcome,
     remote_path,
     resumed_study,
+    send,
     shell_path,
 )
 
@@ -465,3 +482,148 @@ def test_a_study_that_cannot_be_put_in_place_leaves_the_old_one(
     _put(new, target, scratch)
     assert not (target / "old").exists()
     assert not list(scratch.iterdir())
+
+
+class Line:
+    """A job server whose connections bring texts and break, on a clock that only they move.
+
+    `connections` are texts, seconds in which nothing happens, and errors; the last one that is
+    left ends the job.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *connections: list[Any]) -> None:
+        self.now, self.left = 1000.0, [*connections]
+        self.server = JobServer.__new__(JobServer)
+        self.server.url = "http://head:8265"
+        self.server._client = self  # type: ignore[assignment]
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+        monkeypatch.setattr(job_server, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    async def tail_job_logs(self, id: str) -> AsyncIterator[str]:
+        for event in self.left.pop(0):
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, str):
+                yield event
+            else:
+                self.now += event
+
+    def get_job_info(self, id: str) -> Any:
+        return SimpleNamespace(
+            submission_id=id, status="RUNNING" if self.left else "SUCCEEDED", entrypoint="x",
+            start_time=0, end_time=None, message="", driver_exit_code=None, metadata={},
+        )  # fmt: skip
+
+
+BREAKS = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+LONG = PATIENCE_S + 1
+
+
+def test_a_job_that_was_quiet_for_long_may_lose_its_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(
+        monkeypatch,
+        ["a\n", LONG, BREAKS],
+        ["a\n", "b\n", LONG, BREAKS],
+        [BREAKS],
+        [LONG, BREAKS],  # this one held, though nothing came
+        [BREAKS],
+        ["a\n", "b\n", "c\n"],
+    )
+    got: list[str] = []
+    assert line.server.follow("j", got.append).status == "SUCCEEDED"
+    assert "".join(got) == "a\nb\nc\n"
+
+
+@pytest.mark.parametrize("answer", [[["a\n", 40.0, BREAKS]], [[40.0, BREAKS], []]])
+def test_whatever_answers_gives_a_job_server_its_time_again(
+    monkeypatch: pytest.MonkeyPatch, answer: list[list[Any]]
+) -> None:
+    line = Line(monkeypatch, *answer * 5, ["a\n"])
+    got: list[str] = []
+    assert line.server.follow("j", got.append).has_ended
+    assert got == ["a\n"]
+
+
+def test_a_job_server_that_is_gone_is_given_up_a_while_after_it_first_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = Line(monkeypatch, ["a\n", LONG, BREAKS], *[[TimeoutError("no answer")]] * 1000)
+    with pytest.raises(InputError, match=r"^lost the job server at http://head:8265 \(no answer"):
+        line.server.follow("j", print)
+    assert line.now - 1000 == pytest.approx(LONG + PATIENCE_S, abs=2)
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space"), InputError("damaged")]
+)
+def test_what_the_log_cannot_be_written_to_is_no_lost_connection(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    line = Line(monkeypatch, ["a\n", "b\n"], ["a\n", "b\n"])
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        line.server.follow("j", write)
+    assert raised.value is error
+    assert written == ["a\n"]
+
+
+def test_a_full_disk_ends_a_fetch_with_one_line_and_stops_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[str] = []
+
+    def follow(id: str, write: Callable[[str], None]) -> Job:
+        raise OSError(28, "No space left on device")
+
+    server = SimpleNamespace(submit=lambda *a: None, follow=follow, stop=stopped.append)
+    monkeypatch.setattr(fetching, "JobServer", lambda address: server)
+    with pytest.raises(InputError, match=r"^cannot write in .*: No space left on device$"):
+        fetch("http://head:8265", "s", tmp_path, source="/there")
+    assert len(stopped) == 1
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_wrong_here_is_said_before_a_server_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(address: str | None) -> None:
+        raise AssertionError("the server was asked")
+
+    monkeypatch.setattr(submit, "JobServer", never)
+    monkeypatch.setattr(fetching, "JobServer", never)
+    there = new_study(BUDGET, tmp_path, None)
+    with pytest.raises(InputError, match="working-dir: /nosuch is no folder"):
+        send("http://head:8265", new_study(BUDGET, Path("/nosuch"), None))
+    with pytest.raises(InputError, match="job-id: expected letters"):
+        send("http://head:8265", there, job_id="a b")
+    with pytest.raises(InputError, match="requirements: cannot read"):
+        send("http://head:8265", there, requirements=tmp_path / "none.txt")
+    with pytest.raises(InputError, match="expected a plain name"):
+        fetch("http://head:8265", "../x", tmp_path)
+    (tmp_path / "s").mkdir()
+    with pytest.raises(InputError, match="was made here"):
+        fetch("http://head:8265", "s", tmp_path)
+    with pytest.raises(AssertionError, match="was asked"):
+        send("http://head:8265", there)
+
+
+def test_a_job_is_shown_without_the_passwords_of_its_command() -> None:
+    from adq.cluster import _shown
+
+    urls = "postgresql://me:secret@db/x", "'postgresql://me@db/x?a=1&password=secret&b=2'"
+    for url in urls:
+        command = f"adq-search --storage {url} --seed 7"
+        shown = _shown(Job("j", "FAILED", command, 1.0, 2.0, command, 1, {}))
+        assert "secret" not in str(shown)
+        assert "--seed 7" in shown["command"]
+        assert "***" in shown["message"]
