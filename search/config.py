@@ -211,7 +211,7 @@ class StudyConfig:
     address: str | None = _option(
         None,
         "text",
-        "the Ray cluster: auto, HOST:PORT, or local: one on this machine, as if not given",
+        "the Ray cluster: auto, HOST:PORT, or local: one on this machine, the default",
     )
     checkpoints: str | None = _option(
         None,
