@@ -10,9 +10,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.installed
 	$(BIN)/adq-search --budget-bits 2.8
 
-# Two files at a time: most tests keep one core busy, and many wait for processes.
 test: $(VENV)/.installed-test lint types kernels
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

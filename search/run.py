@@ -7,6 +7,7 @@ running a study and resuming one are the same thing.
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,9 @@ def resume(
             "study is resumed, beside trials and time_budget"
         )
     kept = folder.extended(trials, time_budget)
-    if folder.finished and kept == folder.config:
-        execution = {"executor": "local"}  # only damaged models are made again
+    with suppress(InputError):  # a damaged results.json is made again
+        if folder.finished and kept == folder.config:
+            execution = {"executor": "local"}  # only damaged models are made again
     config = _absolute(make_config(vars(kept), execution))
     problem = make_problem(config, task)
     _try_checkpoints(config)

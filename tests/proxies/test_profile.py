@@ -6,6 +6,7 @@ The kernels that are timed are checked too: they compute the layer, to the round
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ NO_ONEDNN = profile.platform.machine() not in profile.X86 or not hasattr(
     torch.ops.onednn, "qconv_pointwise"
 )
 onednn = pytest.mark.skipif(NO_ONEDNN, reason="oneDNN's integer kernels are for x86")
+CPUINFO = Path("/proc/cpuinfo")
+VNNI = CPUINFO.exists() and "vnni" in CPUINFO.read_text()
+vnni = pytest.mark.skipif(not VNNI, reason="without VNNI oneDNN's integer kernels saturate")
 
 
 class Net(nn.Module):
@@ -228,6 +232,7 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 
 
 @onednn
+@vnni
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_the_integer_kernels_compute_the_layer(
@@ -294,6 +299,7 @@ def test_fp32_runs_the_layer_itself() -> None:
 
 
 @onednn
+@vnni
 def test_a_real_profile_knows_eight_bits_and_refuses_four() -> None:
     net, x = Net(), torch.randn(3, 2, 8, 8)
     layers = trace_layers(net, x)
