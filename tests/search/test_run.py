@@ -574,6 +574,26 @@ def test_a_study_that_has_just_begun_keeps_its_place_in_a_shared_storage(tmp_pat
     resume(open_study(tmp_path / "a", "s"), tiny_task.make_task())
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("sqlite:///x.db", "sqlite:///{here}/x.db"),
+        ("sqlite:///x.db?timeout=3", "sqlite:///{here}/x.db?timeout=3"),
+        ("journal:x.log", "journal:{here}/x.log"),
+        ("postgresql://me:secret@db/studies", "postgresql://me:secret@db/studies"),
+    ],
+)
+def test_relative_places_are_those_of_where_the_study_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, kept: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run._absolute(StudyConfig(storage=given, checkpoints="c"))
+    assert config.storage == kept.format(here=tmp_path)
+    assert config.checkpoints == str(tmp_path / "c")
+    bucket = StudyConfig(checkpoints="s3://bucket/c")
+    assert run._absolute(bucket) == bucket
+
+
 def test_a_place_for_checkpoints_that_cannot_be_used_is_said_before_there_is_a_study(
     tmp_path: Path,
 ) -> None:
