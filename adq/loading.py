@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from adq.quant.errors import InputError
-from adq.quant.export.packed import load_packed_, read_metadata
+from adq.quant.export.loading import load_packed_, read_metadata
 from adq.search.config import IN_PYTHON
 from adq.search.task import load_task, task_call
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from adq.quant.errors import InputError
-from adq.quant.export.packed import read_metadata
+from adq.quant.export.loading import read_metadata
 from adq.quant.spec import BitVector
 from adq.search.candidate import Record
 from adq.search.crew import Crew

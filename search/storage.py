@@ -162,7 +162,8 @@ def create_study_in(
     """Create an Optuna study; InputError if the storage has one of that name.
 
     One with neither trials nor user attributes is no such study: a process died between creating
-    it and creating its folder. It makes way.
+    it and creating its folder, or is between them now. It is taken over, or makes way where it has
+    other directions.
     """
     path = file_of(url)
     if path is not None and not path.parent.is_dir():
@@ -174,21 +175,8 @@ def create_study_in(
     def create() -> None:
         storage = _opened(url)
         try:
-            try:
-                study = optuna.create_study(
-                    storage=storage, study_name=name, directions=[*directions]
-                )
-            except DuplicatedStudyError:
-                study = optuna.load_study(study_name=name, storage=storage)
-                if study.trials or study.user_attrs:
-                    raise InputError(
-                        f"storage {shown(url)} has a study {name!r} already: choose another name "
-                        "with --study"
-                    ) from None
-                optuna.delete_study(study_name=name, storage=storage)
-                study = optuna.create_study(
-                    storage=storage, study_name=name, directions=[*directions]
-                )
+            while (study := _created(storage, url, name, directions)) is None:
+                pass
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 study.set_metric_names([*metric_names])
@@ -198,6 +186,25 @@ def create_study_in(
     with storage_errors(url):
         Patience(f"storage {shown(url)}", _passing_at_first, say, patience_s)(create)
     _require_file(url)
+
+
+def _created(
+    storage: BaseStorage, url: str, name: str, directions: Sequence[StudyDirection]
+) -> optuna.Study | None:
+    """None where another process was at the same name in between: try again."""
+    with suppress(DuplicatedStudyError):
+        return optuna.create_study(storage=storage, study_name=name, directions=[*directions])
+    with suppress(KeyError):  # gone again
+        study = optuna.load_study(study_name=name, storage=storage)
+        if study.trials or study.user_attrs:
+            raise InputError(
+                f"storage {shown(url)} has a study {name!r} already: choose another name with "
+                "--study"
+            )
+        if study.directions == [*directions]:
+            return study
+        optuna.delete_study(study_name=name, storage=storage)
+    return None
 
 
 def study_id_of(storage: BaseStorage, url: str, name: str) -> int:

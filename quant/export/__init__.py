@@ -1,1 +1,1 @@
-"""What leaves the house: `packed` writes and reads a quantized model at its real low-bit size."""
+"""What leaves the house: `packed` writes a quantized model at its real low-bit size, `loading` reads it."""

@@ -12,7 +12,8 @@ from torch import nn
 
 import adq
 from adq.quant.evaluate import evaluate
-from adq.quant.export.packed import packed_tensors, read_metadata
+from adq.quant.export.loading import read_metadata
+from adq.quant.export.packed import packed_tensors
 from adq.quant.modules import AdaptiveWeight, weight_quantizer
 from adq.search.config import make_config
 

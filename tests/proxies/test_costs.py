@@ -18,7 +18,8 @@ from adq.quant.apply import quantize, quantize_
 from adq.quant.attention import expose_attention_
 from adq.quant.calibrate import input_ranges
 from adq.quant.errors import InputError
-from adq.quant.export.packed import METADATA_BYTES, load_packed_, packed_tensors, save_packed
+from adq.quant.export.loading import load_packed_
+from adq.quant.export.packed import METADATA_BYTES, packed_tensors, save_packed
 from adq.quant.layers import LayerInfo, trace_layers
 from adq.quant.scheme import Scheme
 from adq.quant.spec import BitVector

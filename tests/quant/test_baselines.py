@@ -26,7 +26,8 @@ from adq.quant.baselines import (
     power_levels,
     weight_quantizer_for,
 )
-from adq.quant.export.packed import load_packed_, save_packed
+from adq.quant.export.loading import load_packed_
+from adq.quant.export.packed import save_packed
 from adq.quant.modules import AdaptiveWeight, N2UQActivation, WeightQuantizer
 from adq.quant.qat import TrainingConfig, train_
 from adq.quant.rows import Rows

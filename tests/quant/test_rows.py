@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from adq.quant import codebook
 from adq.quant.apply import quantize, quantized_layers
-from adq.quant.export.packed import load_packed_, packed_tensors, save_packed
+from adq.quant.export.loading import load_packed_
+from adq.quant.export.packed import packed_tensors, save_packed
 from adq.quant.modules import original_weight, weight_quantizer
 from adq.quant.rows import TRANSPOSED, Rows, rows_of
 from adq.quant.scheme import Scheme

@@ -22,7 +22,7 @@ from adq.quant.apply import bits_of
 from adq.quant.batches import Batch, Batches
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation, evaluate
-from adq.quant.export.packed import load_packed_, read_metadata
+from adq.quant.export.loading import load_packed_, read_metadata
 from adq.quant.modules import original_weight
 from adq.quant.qat import Epoch, train_
 from adq.quant.spec import BitVector

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from adq.quant.batches import threads
 from adq.quant.errors import InputError
 from adq.quant.evaluate import accuracy, evaluate
-from adq.quant.export.packed import load_packed_
+from adq.quant.export.loading import load_packed_
 from adq.quant.files import write_json
 from adq.quant.spec import BitVector
 from adq.search import fp32, jobs, run, sensitivity

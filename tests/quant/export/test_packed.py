@@ -20,13 +20,11 @@ from adq.quant.apply import dequantize_, quantize, quantized_layers
 from adq.quant.attention import expose_attention_
 from adq.quant.errors import InputError
 from adq.quant.export import packed
+from adq.quant.export.loading import PackedInput, load_packed_, read_metadata
 from adq.quant.export.packed import (
-    PackedInput,
     PackedSize,
     input_bytes,
-    load_packed_,
     packed_tensors,
-    read_metadata,
     save_packed,
     weight_bytes,
 )
@@ -210,7 +208,7 @@ def test_the_file_has_the_size_told_from_the_fp32_model(file: Path) -> None:
 def test_a_file_without_the_padding_is_read_as_before(trained: nn.Module, tmp_path: Path) -> None:
     about = {"schema": "adq-model/1", "bits": BITS.to_json(), "folded": {}, "point": "t1"}
     tensors = packed_tensors(trained)
-    digest = packed._digest(json.dumps(about), tensors)
+    digest = packed.digest_of(json.dumps(about), tensors)
     save_file(tensors, tmp_path / "m", {"adq": json.dumps(about), "sha256": digest})
     assert read_metadata(tmp_path / "m")["point"] == "t1"
     x = data()[0][0]
@@ -373,7 +371,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
 def test_files_of_another_schema_are_refused(tmp_path: Path, header: str, message: str) -> None:
     path = tmp_path / "other.safetensors"
     tensors = {"a": torch.zeros(3)}
-    save_file(tensors, path, {"adq": header, "sha256": packed._digest(header, tensors)})
+    save_file(tensors, path, {"adq": header, "sha256": packed.digest_of(header, tensors)})
     refused(path, message)
 
 
