@@ -1,1 +1,5 @@
-"""What leaves the house: `packed` writes a quantized model at its real low-bit size, `loading` reads it."""
+"""What leaves the house: a quantized model at its real low-bit size.
+
+packed    writes it
+loading   reads it
+"""
