@@ -12,7 +12,7 @@ from torch import nn
 
 from adq.proxies.latency import LatencyModel
 from adq.quant.errors import InputError
-from adq.quant.export.packed import PackedSize, module_names
+from adq.quant.export.packed import packed_size
 from adq.quant.layers import LayerInfo
 from adq.quant.spec import FP32_BITS, BitVector
 
@@ -66,12 +66,12 @@ class CostModel:
         self.layers = {layer.name: layer for layer in layers}
         self.searched = frozenset(searched)
         _check_group_size(group_size, layers)
-        names = module_names(model)
-        own = {f"{same}.weight" for name in self.layers for same in names.get(name, ())}
-        self.size = PackedSize(
-            {layer.name: (layer.weight_numel, layer.scales(group_size)) for layer in layers},
-            {key: value for key, value in model.state_dict().items() if key not in own},
-        )
+        weights = {layer.name: (layer.weight_numel, layer.scales(group_size)) for layer in layers}
+        self.size = packed_size(model, weights)
+        self.fixed = dict.fromkeys(self.names, 0) | {"size_bytes": self.size.fixed_bytes}
+        """What every bit vector costs beside Σ layer_terms, in their units."""
+        if latency is not None:
+            self.fixed["latency_s"] = round(latency.rest_seconds * PER_SECOND)
         self.weight_numel = sum(layer.weight_numel for layer in layers)
         self.macs = sum(layer.macs for layer in layers)
         """Multiply-accumulates per sample, the same for every bit vector."""
@@ -98,10 +98,9 @@ class CostModel:
         out = {}
         for name, value in budget.items():
             total = value * self.weight_numel if name == "average_bits" else value
-            if name == "size_bytes":
-                total -= self.size.fixed_bytes
             if name == "latency_s":
                 total *= PER_SECOND
+            total -= self.fixed[name]
             out[name] = math.floor(total + 1e-9 * max(1.0, abs(total)))
         return out
 
@@ -109,13 +108,11 @@ class CostModel:
         """Costs in the units of `Costs` from sums of terms: the inverse of `limits`."""
         found: dict[str, float] = {}
         for name, total in totals.items():
-            found[name] = total
+            found[name] = total + self.fixed[name]
             if name == "average_bits":
-                found[name] = total / self.weight_numel
-            if name == "size_bytes":
-                found[name] = total + self.size.fixed_bytes
+                found[name] /= self.weight_numel
             if name == "latency_s":
-                found[name] = total / PER_SECOND
+                found[name] /= PER_SECOND
         return found
 
     def totals(self, bits: BitVector) -> dict[str, int]:
@@ -127,7 +124,7 @@ class CostModel:
         return totals
 
     def costs(self, bits: BitVector) -> Costs:
-        totals = self.totals(bits)
+        found = self.in_units(self.totals(bits))
         searched = [self.layers[name] for name in self.layers if name in self.searched]
         searched_bits = sum(layer.weight_numel * bits.weight[layer.name] for layer in searched)
         searched_numel = sum(layer.weight_numel for layer in searched)
@@ -135,12 +132,12 @@ class CostModel:
             layer.macs * bits.act.get(layer.name, FP32_BITS) for layer in self.layers.values()
         )
         return Costs(
-            average_bits=totals["average_bits"] / self.weight_numel,
+            average_bits=found["average_bits"],
             average_bits_searched=searched_bits / searched_numel,
             average_act_bits=act_bits / self.macs,
-            size_bytes=totals["size_bytes"] + self.size.fixed_bytes,
-            bops=totals["bops"],
-            latency_s=None if self.latency is None else totals["latency_s"] / PER_SECOND,
+            size_bytes=int(found["size_bytes"]),
+            bops=int(found["bops"]),
+            latency_s=found.get("latency_s"),
         )
 
 

@@ -4,9 +4,9 @@
     LatencyTable   measured by `adq.proxies.profile`: (layer shape, bits) -> seconds
     from_callable  a function of the user's own
 
-All give seconds per sample at one batch size, batch seconds / batch size, and a network's latency
-is the sum over its layers: what runs between them (norms, activations, pooling) and what overlaps
-is left out. An input that keeps its precision has `act_bits` None.
+All give seconds per sample at one batch size, batch seconds / batch size. A network's latency is
+the sum over its layers, and `rest_seconds` for what runs between them (activations, pooling), which
+only a measured table knows. An input that keeps its precision has `act_bits` None.
 """
 
 import math
@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from adq.quant.errors import InputError
 from adq.quant.export.packed import weight_bytes
@@ -26,7 +26,7 @@ from adq.quant.layers import LayerInfo
 from adq.quant.spec import FP32_BITS, MAX_BITS, MIN_BITS, BitVector
 
 DEVICE_SCHEMA = "adq-device/1"
-TABLE_SCHEMA = "adq-latency/1"
+TABLE_SCHEMA = "adq-latency/2"
 DEVICES = Path(__file__).parent / "devices"
 
 INTEGERS = {"int4": 4, "int8": 8}
@@ -35,16 +35,21 @@ FLOATS = {"fp16": 16, "bf16": 16, "tf32": 32, "fp32": 32}
 
 
 class LatencyModel(Protocol):
+    @property
+    def rest_seconds(self) -> float:
+        """Seconds per sample of all that is no layer, whatever the bits."""
+        ...
+
     def seconds(self, layer: LayerInfo, weight_bits: int, act_bits: int | None) -> float:
         """Seconds per sample of one layer; InputError where the model does not know."""
         ...
 
 
 def network_seconds(model: LatencyModel, layers: Sequence[LayerInfo], bits: BitVector) -> float:
-    """Σ_l seconds(l, b_l, a_l), per sample; InputError when a layer has no bits."""
+    """rest + Σ_l seconds(l, b_l, a_l), per sample; InputError when a layer has no bits."""
     if missing := [layer.name for layer in layers if layer.name not in bits.weight]:
         raise InputError(f"the bit vector names no bits for layer {missing[0]!r}")
-    return math.fsum(
+    return model.rest_seconds + math.fsum(
         model.seconds(layer, bits.weight[layer.name], bits.act.get(layer.name)) for layer in layers
     )
 
@@ -165,6 +170,7 @@ class Roofline:
     overlap (its stride at least the kernel), which is too much where they do.
     """
 
+    rest_seconds: ClassVar[float] = 0.0
     device: DeviceDescription
     batch: int = 1
     group_size: int | None = None
@@ -263,8 +269,9 @@ class LatencyTable:
 
     Between measured widths the time is linear in the weight bits, then in the input bits; outside
     it is not known, nor across the step from an integer input to one that keeps its precision.
-    `notes` say what was not measured, and why. Raises InputError when a layer has two entries for
-    the same bits.
+    `rest_seconds` is the whole FP32 model's time, BatchNorms folded, less that of its layers, and
+    at least zero. `notes` say what was not measured, and why. Raises InputError when a layer has
+    two entries for the same bits.
     """
 
     device: str
@@ -274,9 +281,11 @@ class LatencyTable:
     repeats: int
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    rest_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.device, str), "device", "a text", self.device)
+        _number(self.rest_seconds, "rest_seconds", 0, math.inf)
         for name in ("threads", "batch", "repeats"):
             value = getattr(self, name)
             _expect(type(value) is int and value > 0, name, "a positive whole number", value)
@@ -371,6 +380,7 @@ def _width(weight_bits: int, act_bits: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Callable:
+    rest_seconds: ClassVar[float] = 0.0
     function: Callable[[LayerInfo, int, int | None], Any]
 
     def seconds(self, layer: LayerInfo, weight_bits: int, act_bits: int | None) -> float:
@@ -413,6 +423,10 @@ class RunWider:
 
     model: LatencyModel
     options: Mapping[str, Sequence[tuple[int, int | None]]]
+
+    @property
+    def rest_seconds(self) -> float:
+        return self.model.rest_seconds
 
     def seconds(self, layer: LayerInfo, weight_bits: int, act_bits: int | None) -> float:
         act = act_bits or FP32_BITS

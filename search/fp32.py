@@ -161,7 +161,7 @@ def content_key(problem: Problem, epochs: int) -> str:
 
 def task_key(problem: Problem, *, choices: bool = True) -> str:
     """A hash of the task: its data (`data_key` and first batches), loss and model, as source code
-    where there is any, and, if asked for, the choices of bits and what each costs."""
+    where there is any, and, if asked for, the choices of bits and what they cost."""
     task, model = problem.task, problem.initial_model
     kinds = sorted({type(m) for m in model.modules()}, key=lambda kind: kind.__qualname__)
     own = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
@@ -175,7 +175,9 @@ def task_key(problem: Problem, *, choices: bool = True) -> str:
             [_source(thing) for thing in (task.loss, *own)],
             problem.calibration,
             validation,
-            repr((problem.space, problem.config.scheme, terms)) if choices else "",
+            repr((problem.space, problem.config.scheme, terms, problem.costs.fixed))
+            if choices
+            else "",
         ]
     )
 

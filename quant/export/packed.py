@@ -10,12 +10,16 @@ Tensors, for each quantized layer L with n weights of b bits in R rows (see `adq
     L.input.zero_point  float32  (1,)
 
 and every other parameter and buffer under its own name. A module registered in several places has
-several names: L is its first, all else is there under each. Where BatchNorms are folded their
-factors are in the scales, which may then be negative, and their shifts in the biases. The file's
-metadata has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit vector), `folded`
-(name of a BatchNorm -> name of the layer that it is folded into) and what the writer adds.
-`sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths only.
-Spaces at the header's end bring the file to the size that `PackedSize` tells before training.
+several names: L is its first, all else is there under each. BatchNorms are folded into the layers
+before them where they can be (see `adq.quant.fold`): their factors are in the scales, which may
+then be negative, and their shifts in the biases.
+
+The file's metadata has two entries. `adq`: JSON with `schema` ("adq-model/1"), `bits` (a bit
+vector), `folded` (name of a BatchNorm -> name of the layer that it is folded into) and what the
+writer adds. `sha256`: a digest of that JSON and of all tensors, since safetensors checks lengths
+only. Spaces at the header's end bring the file to the size that `PackedSize` tells before training:
+
+    | 8: length H | H: JSON {"__metadata__": {}, name: dtype, shape, offsets}, spaces | tensors |
 """
 
 import copy
@@ -33,9 +37,10 @@ from torch import Tensor, nn
 from adq.quant.apply import INPUT_QUANTIZER, bits_of, quantized_layers
 from adq.quant.errors import InputError
 from adq.quant.files import write_tensors
-from adq.quant.fold import channel_factor, fold_batchnorm_
+from adq.quant.fold import batchnorm_pairs, channel_factor, fold_batchnorm_
 from adq.quant.modules import ActivationQuantizer, original_weight, weight_quantizer
 from adq.quant.packing import pack, packed_bytes
+from adq.quant.rows import rows_of
 from adq.quant.spec import MAX_BITS, BitVector
 
 SCHEMA = "adq-model/1"
@@ -66,21 +71,27 @@ class PackedSize:
     up with spaces: the header depends on which inputs have bits, not on how many. Its shares are
     multiples of 8 bytes, as the whole must be.
 
-    A folded file is smaller. A file is larger where its writer's metadata needs more than
-    METADATA_BYTES, by at most the excess.
+    A file is larger where its writer's metadata needs more than METADATA_BYTES, by at most the
+    excess.
 
     weights  (number of weights, number of scales) of each quantized layer
     rest     every other tensor of the file
+    folded   the BatchNorms that are folded, and into which layers
     """
 
-    def __init__(self, weights: Mapping[str, tuple[int, int]], rest: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[int, int]],
+        rest: Mapping[str, Tensor],
+        folded: Mapping[str, str],
+    ) -> None:
         rest_bytes = sum(t.nbytes for t in rest.values())
         # no offset is above this
         end = rest_bytes + sum(
             weight_bytes(*counts, MAX_BITS) + input_bytes(MAX_BITS) for counts in weights.values()
         )
         header = METADATA_BYTES + _json_bytes(
-            {"__metadata__": {"adq": _compact(_about(BitVector({}), {})), "sha256": "0" * 64}}
+            {"__metadata__": {"adq": _compact(_about(BitVector({}), folded)), "sha256": "0" * 64}}
         )
         for name, tensor in rest.items():
             header += _entry_bytes(name, _dtype_name(tensor.dtype), tuple(tensor.shape), end)
@@ -116,8 +127,24 @@ class PackedSize:
         )
 
 
-def _about(bits: BitVector, folded: dict[str, str]) -> dict[str, Any]:
-    return {"schema": SCHEMA, "bits": bits.to_json(), "folded": folded}
+def packed_size(model: nn.Module, weights: Mapping[str, tuple[int, int]]) -> PackedSize:
+    """The sizes of an FP32 model's files; `weights` as in PackedSize."""
+    folded, names, rest = batchnorm_pairs(model), module_names(model), model.state_dict()
+    for norm, layer in folded.items():
+        for key in model.get_submodule(norm).state_dict():
+            for same in names[norm]:
+                del rest[f"{same}.{key}"]
+        rows = rows_of(model.get_submodule(layer))
+        bias = model.get_parameter(f"{layer}.weight").new_empty(rows.channels)
+        rest.update({f"{same}.bias": bias for same in names[layer]})
+    for name in weights:
+        for same in names.get(name, ()):
+            del rest[f"{same}.weight"]
+    return PackedSize(weights, rest, folded)
+
+
+def _about(bits: BitVector, folded: Mapping[str, str]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "bits": bits.to_json(), "folded": dict(folded)}
 
 
 def _compact(data: Any) -> str:
@@ -188,29 +215,24 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-def save_packed(
-    model: nn.Module, path: Path, metadata: dict[str, Any], *, fold: bool = False
-) -> None:
+def save_packed(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     """Write a quantized model; `metadata` is JSON data that `read_metadata` gives back.
 
-    With `fold` the file is that of a copy whose BatchNorms are folded into the layers before them
-    (see `adq.quant.fold`): smaller, and equal in eval mode up to rounding. Without, the file has
-    the size that `PackedSize` tells, or more where `metadata` needs more than METADATA_BYTES.
+    The file is that of a copy whose BatchNorms are folded, equal in eval mode up to rounding. It
+    has the size that `PackedSize` tells, or more where `metadata` needs more than METADATA_BYTES.
     """
-    folded: dict[str, str] = {}
-    if fold:
-        model = copy.deepcopy(model)
-        folded = fold_batchnorm_(model)
-    elif any(channel_factor(layer) is not None for _, layer in quantized_layers(model)):
-        raise InputError("the model is folded already: give the one before, and fold=True")
+    if any(channel_factor(layer) is not None for _, layer in quantized_layers(model)):
+        raise InputError("the model is folded already: give the one before")
+    model = copy.deepcopy(model)
+    folded = fold_batchnorm_(model)
     bits = bits_of(model)
     header = _compact({**_about(bits, folded), **metadata})
     tensors = packed_tensors(model)
-    size_bytes = 0 if fold else _size_of(model, tensors).total(bits)
+    size_bytes = _size_of(model, tensors, folded).total(bits)
     write_tensors(path, tensors, {"adq": header, "sha256": digest_of(header, tensors)}, size_bytes)
 
 
-def _size_of(model: nn.Module, tensors: dict[str, Tensor]) -> PackedSize:
+def _size_of(model: nn.Module, tensors: dict[str, Tensor], folded: Mapping[str, str]) -> PackedSize:
     """The same as from the FP32 model: these counts and shapes do not change in training."""
     rest = dict(tensors)
     weights: dict[str, tuple[int, int]] = {}
@@ -222,7 +244,7 @@ def _size_of(model: nn.Module, tensors: dict[str, Tensor]) -> PackedSize:
         if hasattr(layer, INPUT_QUANTIZER):
             for part in ("thresholds", "scale", "zero_point"):
                 del rest[f"{name}.input.{part}"]
-    return PackedSize(weights, rest)
+    return PackedSize(weights, rest, folded)
 
 
 def digest_of(header: str, tensors: dict[str, Tensor]) -> str:

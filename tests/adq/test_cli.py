@@ -554,7 +554,7 @@ def test_a_profile_is_a_table_that_a_search_can_take(terminal: Terminal) -> None
                     "--first-last-bits", "0", "--repeats", "5", "--device", "cpu")  # fmt: skip
     assert done.code == 0, done.err
     table = json.loads((terminal.folder / "times.json").read_text())
-    assert table["schema"] == "adq-latency/1"
+    assert table["schema"] == "adq-latency/2"
     assert table["entries"]
     assert "use it with --latency times.json" in done.out
     assert "ends in .json" in terminal.refused("profile", "times.txt")

@@ -18,6 +18,18 @@ QUICK = [
     "--final-epochs", "1", "--device", "cpu",
 ]  # fmt: skip
 LOCAL = ["--executor", "local"]
+HELD = """
+import dataclasses, pathlib, time
+from mine_helper import make_task as tiny
+
+def make_task():
+    task = tiny()
+    def loss(outputs, targets):
+        while (pathlib.Path.home() / "hold").exists():  # trains no further
+            time.sleep(0.05)
+        return task.loss(outputs, targets)
+    return dataclasses.replace(task, loss=loss)
+"""
 TOKEN_PLACES = "RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
 
 
@@ -37,6 +49,7 @@ class Laptop:
         # a module that is nowhere on the path but in this folder, and another one that it needs
         shutil.copy(SUPPORT / "tiny_task.py", self.folder / "mine_helper.py")
         (self.folder / "mine.py").write_text("from mine_helper import make_task as make_task\n")
+        (self.folder / "held.py").write_text(HELD)
         (self.folder / "broken.py").write_text("import os\nos._exit(7)\n")
         self.env = cluster.env | {"HOME": str(home)}
 
@@ -143,10 +156,11 @@ def test_a_study_of_ones_own_is_not_replaced_by_one_that_is_fetched(
 
 
 def test_a_followed_study_goes_on_without_us_and_is_stopped_and_resumed(laptop: Laptop) -> None:
-    records = laptop.there / "adq-runs" / "long" / "trials"
-    options = [*QUICK, *LOCAL, "--bits", "2,3,4,5", "--trials", "9", "--study", "long"]
-    with laptop.started("submit", *options) as process:
+    records, hold = laptop.there / "adq-runs" / "long" / "trials", laptop.there / "hold"
+    options = ["--task", "held:make_task", *QUICK[2:], *LOCAL, "--bits", "2,3,4,5"]
+    with laptop.started("submit", *options, "--trials", "9", "--study", "long") as process:
         wait_until(lambda: list(records.glob("*.json")), "the first trial")
+        hold.touch()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130
@@ -165,6 +179,7 @@ def test_a_followed_study_goes_on_without_us_and_is_stopped_and_resumed(laptop: 
     followed = laptop("logs", "long", "--follow")
     assert followed.code == 1
     assert followed.err.startswith("error: job long-")
+    hold.unlink()
     done = laptop.done("submit", "--resume", "long", *LOCAL, "--job-id", "second")
     assert "Pareto front of study long, chosen by validation, reported on test" in done.out
     assert laptop.status("long")["id"] == "second"

@@ -28,7 +28,7 @@ from adq.quant.spec import BitVector
 # 240 MACs. The rest in FP32: biases 3 + 5, BatchNorm 4·3 floats and a counter of 8 bytes.
 CONV = LayerInfo("conv", "Conv2d", (3, 2, 3, 3), (2, 6, 6), 864, 3)
 FC = LayerInfo("fc", "Linear", (5, 48), (48,), 240, 5)
-REST_BYTES = 4 * (3 + 5 + 12) + 8
+REST_BYTES = 4 * (3 + 5)  # two biases: the BatchNorm is folded
 # No file is above 4518 bytes of tensors (8 bits everywhere), so that offsets have four digits.
 DIGITS = 4
 
@@ -53,14 +53,12 @@ def fixed_by_hand() -> int:
     its room, the entries of the FP32 tensors, and their bytes."""
     metadata = (
         r'{"__metadata__":{"adq":"{\"schema\":\"adq-model/1\",\"bits\":{\"schema\":\"adq-bits/1\",'
-        r'\"weight_bits\":{},\"act_bits\":{}},\"folded\":{}}",'
+        r'\"weight_bits\":{},\"act_bits\":{}},\"folded\":{\"norm\":\"conv\"}}",'
     )
     digest = f'"sha256":"{"0" * 64}"}}}}'
     at = f'"data_offsets":[{"9" * DIGITS},{"9" * DIGITS}]'
     shapes = {"conv.bias": 3, "fc.bias": 5}
-    shapes |= {f"norm.{part}": 3 for part in ("weight", "bias", "running_mean", "running_var")}
     entries = [f'"{key}":{{"dtype":"F32","shape":[{n}],{at}}},' for key, n in shapes.items()]
-    entries.append(f'"norm.num_batches_tracked":{{"dtype":"I64","shape":[],{at}}},')
     header = len(metadata + digest + "".join(entries)) + 256
     return 8 + 8 * math.ceil(header / 8) + REST_BYTES
 
@@ -276,7 +274,10 @@ def assert_exact(
         quantize_(model, bits, input_ranges(model, wanted, [(x, None)], scheme.act), scheme)
         save_packed(model.eval(), path, {"task": "imagefolder:photos", "point": "uniform-4"})
         assert path.stat().st_size == costs.costs(bits).size_bytes
-        assert torch.equal(load_packed_(copy.deepcopy(fp32), path)(x), model(x))
+        # folded BatchNorms round otherwise, and an input at a threshold may take the next code
+        expected = model(x)
+        error = load_packed_(copy.deepcopy(fp32), path)(x) - expected
+        assert error.norm() <= 1e-2 * expected.norm()
 
 
 def mixed(names: list[str], seed: int) -> BitVector:

@@ -267,9 +267,10 @@ def test_an_unknown_shape_is_named_with_what_to_do() -> None:
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     model = table(entry(CONV, 4, 8, 0.1 + 0.2), entry(FC, 8, None, 1e-9), entry(FC, 32, None, 0.0))
+    model = replace(model, rest_seconds=0.3)
     model.save(tmp_path / "t.json")
     assert LatencyTable.load(tmp_path / "t.json") == model
-    assert json.loads((tmp_path / "t.json").read_text())["schema"] == "adq-latency/1"
+    assert json.loads((tmp_path / "t.json").read_text())["schema"] == "adq-latency/2"
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
@@ -281,8 +282,9 @@ def test_two_entries_for_one_thing_are_refused() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("schema",), "adq-bits/1", "schema: expected 'adq-latency/1'"),
+        (("schema",), "adq-bits/1", "schema: expected 'adq-latency/2'"),
         (("device",), None, "device: expected a text"),
+        (("rest_seconds",), -1.0, "rest_seconds: expected a number from 0, got -1"),
         (("batch",), 0, "batch: expected a positive whole number, got 0"),
         (("entries",), {}, "entries: expected a list"),
         (("entries",), [3], "entry 0: content: expected a JSON object"),
@@ -354,6 +356,13 @@ def test_a_network_is_the_sum_of_its_layers() -> None:
     assert network_seconds(model, (CONV, FC), bits) == (100 + 3 + 32) + (200 + 8 + 4)
     with pytest.raises(InputError, match="no bits for layer 'big'"):
         network_seconds(model, (CONV, BIG), bits)
+
+
+def test_what_runs_between_layers_is_added_once() -> None:
+    measured = replace(table(entry(CONV, 4, 8, 2.0), entry(FC, 4, 8, 3.0)), rest_seconds=0.5)
+    bits = BitVector({"conv": 4, "fc": 4}, {"conv": 8, "fc": 8})
+    for model in (measured, RunWider(measured, {})):
+        assert network_seconds(model, (CONV, FC), bits) == 5.5
 
 
 def test_a_layer_runs_the_fastest_kernel_that_holds_it() -> None:

@@ -53,7 +53,7 @@ def test_a_table_is_read_and_its_batch_holds(tmp_path: Path) -> None:
 def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"schema": "adq-bits/1"}))
-    with pytest.raises(InputError, match=r"expected 'adq-latency/1' or 'adq-device/1' in"):
+    with pytest.raises(InputError, match=r"expected 'adq-latency/2' or 'adq-device/1' in"):
         latency_model(StudyConfig(latency=str(path)))
     with pytest.raises(InputError, match=r"missing\.json"):
         latency_model(StudyConfig(latency=str(tmp_path / "missing.json")))
@@ -68,6 +68,8 @@ def test_a_function_is_imported_by_name() -> None:
 
 
 class ByBits:
+    rest_seconds = 5e-6
+
     def seconds(self, layer: LayerInfo, weight_bits: int, act_bits: int | None) -> float:
         return by_bits(layer, weight_bits, act_bits)
 
@@ -77,8 +79,8 @@ def test_latencies_add_up_over_layers_and_a_limit_holds_to_the_picosecond() -> N
     costs = CostModel(model, (FC, LAST), ["fc"], latency=ByBits())
     bits = BitVector({"fc": 3, "last": 8})
     assert costs.layer_terms("last", 8, None)["latency_s"] == 32_000_000
-    assert costs.costs(bits).latency_s == pytest.approx(3 * 2e-6 + 8 * 4e-6, rel=1e-12)
-    assert costs.limits({"latency_s": 38e-6})["latency_s"] == 38_000_000
+    assert costs.costs(bits).latency_s == pytest.approx(3 * 2e-6 + 8 * 4e-6 + 5e-6, rel=1e-12)
+    assert costs.limits({"latency_s": 43e-6})["latency_s"] == 38_000_000
     assert costs.totals(bits)["latency_s"] == 38_000_000
     assert CostModel(model, (FC, LAST), ["fc"]).costs(bits).latency_s is None
 

@@ -62,8 +62,7 @@ def test_layers_and_costs_are_those_of_the_net_by_hand(tmp_path: Path) -> None:
         math.ceil(n * b / 8) + 4 * (2**b + c)
         for n, b, c in zip(WEIGHTS, weight, CHANNELS, strict=True)
     )
-    # what stays in FP32: four tensors and an int64 counter a BatchNorm, and three biases
-    rest = 4 * (4 * 6 + 4 * 8) + 2 * 8 + 4 * (12 + 13 + 10)
+    rest = 4 * (6 + 8 + 12 + 13 + 10)  # five biases, two of them of folded BatchNorms
     model = quantize(problem.initial_model, bits, problem.calibration, problem.config.scheme)
     save_packed(model, tmp_path / "m", problem.model_metadata("uniform-4"))
     stored = load_file(tmp_path / "m").values()

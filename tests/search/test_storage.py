@@ -216,6 +216,36 @@ def test_a_second_study_of_one_name_is_refused_unless_the_first_is_a_leftover(ur
     study.close()
 
 
+def test_processes_that_begin_one_study_at_the_same_moment_share_it(url: str) -> None:
+    create(url, "first")  # tables are there
+    ready = threading.Barrier(2)
+
+    def begin(name: str) -> None:
+        ready.wait()
+        create(url, name)
+
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(3):
+            list(pool.map(begin, [f"s{number}"] * 2))
+    for number in range(3):
+        assert optunas_view(url, f"s{number}").directions == DIRECTIONS
+
+
+def test_a_leftover_with_other_directions_makes_way_to_whoever_is_first(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_study_in(url, "s", ["accuracy"], DIRECTIONS[:1])
+    delete = optuna.delete_study
+
+    def beaten(**where: Any) -> None:
+        delete(**where)
+        create(url)  # another process
+
+    monkeypatch.setattr(optuna, "delete_study", beaten)
+    create(url)
+    assert optunas_view(url).directions == DIRECTIONS
+
+
 def test_a_call_whose_answer_is_lost_is_done_once(
     url: str, study: StudyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

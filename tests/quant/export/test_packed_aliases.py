@@ -104,7 +104,7 @@ def test_a_block_under_two_names_is_folded(tmp_path: Path, act: bool) -> None:
     model = built(Block, 0, 1)
     trained = quantize(model, bits_for(model, x, act=act), batches)
     train_(trained, batches, nn.functional.cross_entropy, TrainingConfig(3, lr=1e-2), 0)
-    save_packed(trained, path, {}, fold=True)
+    save_packed(trained, path, {})
     assert not any("running_mean" in key for key in load_file(path))
     loaded = load(path, built(Block, 9, 1))
     assert torch.allclose(loaded(x), trained.eval()(x), atol=1e-5)
