@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TYPES  := build/types
+BUILD  := pyproject.toml setup.py quant/kernels/counting.c
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint types kernels clean
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/adq-search --budget-bits 2.8
 
 test: $(VENV)/.installed-test lint types kernels
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -35,11 +36,11 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: $(PYTHON) lacks its venv module; on Debian: apt-get install python3-venv"; exit 2; }
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+$(VENV)/.installed: $(BUILD) | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
+$(VENV)/.installed-test: $(BUILD) | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.installed
 

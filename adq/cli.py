@@ -19,6 +19,7 @@ import typer
 
 from adq import cluster
 from adq.doctor_command import doctor
+from adq.export_command import export
 from adq.options import ConfigFile, Json, with_study_options
 from adq.quant.errors import InputError
 from adq.search.config import EXECUTION, OPTIONS, make_config, read_toml
@@ -313,7 +314,7 @@ def profile(
     config: ConfigFile = None,
     **values: Any,
 ) -> None:
-    """Measure how long each layer runs on this machine, at the bits that kernels exist for."""
+    """Measure how long each layer of a packed model runs here, at every choice of bits."""
     from adq.proxies.profile import measure
     from adq.quant.batches import resized
     from adq.search.problem import make_problem
@@ -333,6 +334,7 @@ def profile(
             sorted({a for _, a in pairs}, key=lambda a: a or 32),
             problem.device,
             repeats,
+            scheme=resolved.scheme,
         )
     table.save(file)
     _print_table(
@@ -349,11 +351,13 @@ def profile(
     )
     for note in table.notes:
         print(note, file=sys.stderr)
+    print(f"beyond its layers the model takes {table.rest_seconds * 1e6:.4g} µs a sample")
     print(f"{file}: {table.device}, batch {table.batch}; use it with --latency {file}")
 
 
 cluster.register(app)
 app.command()(doctor)
+app.command()(export)
 
 
 def _out(context: typer.Context, own: str | None) -> str:

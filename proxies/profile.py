@@ -1,18 +1,16 @@
-"""Measuring a latency table: what really runs, and nothing else.
+"""Measuring a latency table: what a packed model runs, and nothing else.
 
-A fake-quantized layer takes FP32 time and more, at any bits: to time it would be a lie. Measured
-is what a runner has a kernel for; the rest is left out and said in the table's notes, so that a
-lookup there raises. `torch_runner` knows what torch itself runs:
+A fake-quantized layer takes FP32 time and more, at any bits: to time it would be a lie. Measured is
+the layer that a packed file becomes on this device, its input's quantization included (see
+`adq.quant.serving`): packed kernels on GPUs; on CPUs integers by oneDNN where they are exact, else
+floats. So on CPUs most widths take FP32 time, because they do.
 
     32/float   the layer in FP32
     16/float   the layer in FP16, on GPUs
-    8/8        signed weights and unsigned inputs on uniform integers. CPU: oneDNN's kernels for
-               Linear and convolutions in one and two dimensions. GPU: Linear, as an integer
-               matrix product and the scaling of its result. The input comes quantized, as the
-               layer before would leave it; the output is FP32.
+    w/a        the packed layer; a float input where a is None
 
-Levels of a codebook are not uniform integers: for them the 8/8 time stands for a kernel that
-rounds the levels to 8 bits.
+Times do not depend on the numbers in a weight, but on whether its levels have a common step. So
+codes are random ones, and levels and thresholds are those that the scheme's quantizers start from.
 """
 
 import copy
@@ -22,6 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adq.proxies.latency import Entry, LatencyTable, Shape, shape_of
+from adq.quant.apply import INPUT_QUANTIZER
+from adq.quant.baselines import activation_quantizer_for, weight_quantizer_for
 from adq.quant.batches import evaluating, first_tensor, forward, to_device
 from adq.quant.errors import InputError
+from adq.quant.fold import fold_batchnorm_
 from adq.quant.layers import LayerInfo
+from adq.quant.packed import PackedInput, PackedWeight
+from adq.quant.packing import pack
+from adq.quant.rows import rows_of
+from adq.quant.scheme import Scheme
+from adq.quant.serving import serve
 from adq.quant.spec import FP32_BITS
 
 Width = tuple[int, int | None]
@@ -40,16 +47,11 @@ Width = tuple[int, int | None]
 
 Runner = Callable[[nn.Module, list[Tensor], int, int | None], Callable[[], object]]
 """(layer, the inputs of each of its calls, weight bits, input bits) -> what to time: all the calls
-of one forward pass. Raises NoKernelError where it has nothing that really runs at these bits."""
+of one forward pass."""
 
 WARM_UP = 3
 MIN_REPEATS = 5
 FP16_BITS = 16
-X86 = ("x86_64", "AMD64")
-
-
-class NoKernelError(Exception):
-    """Nothing runs a layer at these bits; the message says why."""
 
 
 def measure(
@@ -61,17 +63,20 @@ def measure(
     device: torch.device,
     repeats: int = 30,
     *,
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
     runner: Runner | None = None,
     clock: Callable[[], float] = time.perf_counter,
     calls: int | None = None,
 ) -> LatencyTable:
-    """Times of each distinct layer shape of an FP32 model, at every pair of widths with a kernel.
+    """Times of each distinct layer shape of an FP32 model, at every pair of widths.
 
     `layers` are the model's, as traced; `inputs` one batch, whose size the table is for. FP32 (and
-    FP16 on GPUs) is measured beside the pairs. An entry is the median of `repeats` readings, each
-    of `calls` passes in a row (1 on CPUs; 10 on GPUs, where launches overlap with work, as they do
-    in a network) over calls · batch; see `median_stderr` for its error. All layers and widths take
-    turns, in a new random order each round, so that drift and caches favour none.
+    FP16 on GPUs) is measured beside the pairs, and so is the whole FP32 model with its BatchNorms
+    folded: what it takes beyond its layers is the table's `rest_seconds`. An entry is the median
+    of `repeats` readings, each of `calls` passes in a row (1 on CPUs; 10 on GPUs, where launches
+    overlap with work, as they do in a network) over calls · batch; see `median_stderr` for its
+    error. All layers and widths take turns, in a new random order each round, so that drift and
+    caches favour none. The clock's frequency before and after goes into the notes.
 
     The model is moved to `device`. Raises InputError for one that is quantized already, or fewer
     than 5 repeats.
@@ -86,32 +91,33 @@ def measure(
     shapes = _input_shapes(model, layers, inputs)
     widths: list[Width] = [(FP32_BITS, None), *([(FP16_BITS, None)] if gpu else [])]
     widths += [(w, a) for w in bits for a in act_bits]
-    cases: dict[tuple[Shape, Width], Callable[[], object]] = {}
-    notes = _alike(model, layers)
-    missing: dict[tuple[Width, str], list[str]] = {}  # (width, reason) -> kinds of layers
+    whole = copy.deepcopy(model).eval()
+    fold_batchnorm_(whole)
+    cases: dict[tuple[Shape, Width] | None, Callable[[], object]] = {
+        None: partial(forward, whole, inputs)
+    }
     generator = torch.Generator().manual_seed(0)
+    before = clock_mhz(device)
     with evaluating(model), torch.no_grad():
         for layer in {shape_of(layer): layer for layer in reversed(layers)}.values():
             made = [torch.randn(s, generator=generator).to(device) for s in shapes[layer.name]]
             module = model.get_submodule(layer.name)
             for width in dict.fromkeys(widths):
-                try:
-                    cases[shape_of(layer), width] = (runner or torch_runner)(module, made, *width)
-                except NoKernelError as error:
-                    kinds = missing.setdefault((width, str(error)), [])
-                    kinds += [layer.kind] if layer.kind not in kinds else []
+                run = (runner or partial(served, scheme=scheme))(module, made, *width)
+                cases[shape_of(layer), width] = run
         readings = _take_turns(cases, repeats, per_reading, clock, device)
-    left_out: dict[tuple[str, str], list[str]] = {}  # (kinds, reason) -> widths
-    for ((w, a), why), kinds in missing.items():
-        names = left_out.setdefault((", ".join(kinds), why), [])
-        names.append(f"{w}/{'float' if a is None else a}")
-    for (of_kinds, why), names in left_out.items():
-        notes.append(f"{', '.join(names)} bits, {of_kinds}: not measured, {why}")
+    after = clock_mhz(device)
     share = per_reading * batch
+    seconds = {case: statistics.median(found) / share for case, found in readings.items()}
+    in_layers = math.fsum(seconds[shape_of(layer), (FP32_BITS, None)] for layer in layers)
     entries = tuple(
-        Entry(*shape, *width, statistics.median(found) / share, median_stderr(found) / share)
-        for (shape, width), found in readings.items()
+        Entry(*case[0], *case[1], seconds[case], median_stderr(found) / share)
+        for case, found in readings.items()
+        if case is not None
     )
+    notes = _alike(model, layers)
+    if before is not None and after is not None:
+        notes.append(f"the clock ran at {before:.0f} MHz before and {after:.0f} MHz after")
     return LatencyTable(
         device=device_name(device),
         versions=_versions(gpu),
@@ -120,16 +126,17 @@ def measure(
         repeats=repeats,
         entries=entries,
         notes=tuple(notes),
+        rest_seconds=max(0.0, seconds[None] - in_layers),
     )
 
 
 def _take_turns(
-    cases: dict[tuple[Shape, Width], Callable[[], object]],
+    cases: dict[tuple[Shape, Width] | None, Callable[[], object]],
     repeats: int,
     calls: int,
     clock: Callable[[], float],
     device: torch.device,
-) -> dict[tuple[Shape, Width], list[float]]:
+) -> dict[tuple[Shape, Width] | None, list[float]]:
     """`repeats` readings of each case, in seconds of `calls` passes, after a warm-up."""
 
     def wait() -> None:
@@ -139,7 +146,7 @@ def _take_turns(
     for run in cases.values():
         for _ in range(WARM_UP):
             run()
-    readings: dict[tuple[Shape, Width], list[float]] = {case: [] for case in cases}
+    readings: dict[tuple[Shape, Width] | None, list[float]] = {case: [] for case in cases}
     order, rng = list(cases), random.Random(0)
     for _ in range(repeats):
         rng.shuffle(order)
@@ -163,110 +170,46 @@ def median_stderr(values: Sequence[float]) -> float:
     return (ordered[n - 1 - low] - ordered[low]) / 2
 
 
-def torch_runner(
-    layer: nn.Module, inputs: list[Tensor], weight_bits: int, act_bits: int | None
+def served(
+    layer: nn.Module,
+    inputs: list[Tensor],
+    weight_bits: int,
+    act_bits: int | None,
+    scheme: Scheme = Scheme(),  # noqa: B008 (it is frozen)
 ) -> Callable[[], object]:
-    """What torch itself runs, see the head of this file."""
-    gpu = inputs[0].device.type == "cuda"
+    """What a packed model runs in this layer's place, see the head of this file."""
     if (weight_bits, act_bits) == (FP32_BITS, None):
         return lambda: [layer(x) for x in inputs]
-    if (weight_bits, act_bits) == (FP16_BITS, None) and gpu:
+    if (weight_bits, act_bits) == (FP16_BITS, None):
         half = copy.deepcopy(layer).half()
         halves = [x.half() for x in inputs]
         return lambda: [half(x) for x in halves]
-    if (weight_bits, act_bits) != (8, 8):
-        raise NoKernelError("torch runs 8-bit weights on 8-bit inputs, or floats, and no others")
-    if gpu:
-        return _checked(_int8_matmul, layer, inputs)
-    if platform.machine() not in X86 or not hasattr(torch.ops.onednn, "qconv_pointwise"):
-        raise NoKernelError("this torch has no oneDNN kernels for 8-bit integers")
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        raise NoKernelError(f"torch has no 8-bit {type(layer).__name__} for CPUs")
-    return _checked(_onednn, layer, inputs)
-
-
-Made = tuple[Callable[[], Tensor], Tensor, Tensor]
-"""What to time, and the input and the weight that its integers stand for."""
-
-
-def _checked(
-    make: Callable[[Any, Tensor], Made], layer: nn.Module, inputs: list[Tensor]
-) -> Callable[[], object]:
-    """Every call of a layer on integer kernels, each compared with the layer in FP32 first.
-
-    Both sum the same products, and differ by rounding alone. (Without VNNI, oneDNN's kernels add
-    products in saturating 16 bits.)
-    """
-    runs = []
-    with torch.no_grad():
-        for x in inputs:
-            run, x_hat, weight_hat = make(layer, x)
-            reference = copy.deepcopy(layer)
-            reference.get_parameter("weight").copy_(weight_hat)
-            wanted = reference(x_hat)
-            if not (run() - wanted).abs().max() <= 1e-3 * wanted.abs().max():
-                raise NoKernelError("torch's 8-bit kernel gives wrong results on this device")
-            runs.append(run)
-    return lambda: [run() for run in runs]
-
-
-def _onednn(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Made:
-    """The layer on oneDNN's integer kernels: u8 input, s8 weight with a scale a channel."""
-    ops = torch.ops.onednn
-    codes, weight_scale = _integers(layer.weight)
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    scale = max((high - low) / 255, 1e-12)
-    zero = round(-low / scale)
-    x8 = (x / scale + zero).round().clamp(0, 255).to(torch.uint8)
-    hats = (x8.float() - zero) * scale, _by_channel(codes, weight_scale)
-    zeros = torch.zeros(len(codes), dtype=torch.long)
-    quantized = (weight_scale, zeros, layer.bias)
-    # an output in FP32, without a scale of its own, and nothing fused behind
-    tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-    if isinstance(layer, nn.Linear):
-        packed = ops.qlinear_prepack(codes, list(x8.shape))
-        return lambda: ops.qlinear_pointwise(x8, scale, zero, packed, *quantized, *tail), *hats
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise NoKernelError("torch's 8-bit convolutions pad with zeros, in numbers")
-    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-    packed = ops.qconv_prepack(codes, weight_scale, scale, zero, *geometry, list(x8.shape))
-    if isinstance(layer, nn.Conv2d):  # the layout that these kernels are written for
-        x8 = x8.to(memory_format=torch.channels_last)
-    return (
-        lambda: ops.qconv_pointwise(x8, scale, zero, packed, *quantized, *geometry, *tail),
-        *hats,
+    rows = rows_of(layer, scheme.group_size)
+    numel = rows.count * rows.size
+    codes = torch.randint(2**weight_bits, (numel,), generator=torch.Generator().manual_seed(0))
+    weight = PackedWeight(
+        pack(codes, weight_bits),
+        weight_bits,
+        _levels(weight_bits, scheme),
+        torch.full((rows.count,), numel**-0.5),
     )
+    quantizer = None
+    if act_bits is not None:
+        low, high = min(float(inputs[0].min()), 0.0), max(float(inputs[0].max()), 0.0)
+        step = max(high - low, 1e-6) / (2**act_bits - 1)
+        start = activation_quantizer_for(act_bits, step, round(-low / step), scheme)
+        parts = (start.thresholds, start.output_scale, start.zero_point)
+        quantizer = PackedInput(*(part.detach().contiguous() for part in parts))
+    run = serve(layer, weight, quantizer, inputs[0].device)
+    return lambda: [run(x) for x in inputs]
 
 
-def _int8_matmul(layer: nn.Module, x: Tensor) -> Made:
-    """A Linear layer on a GPU's integer tensor cores: product in int32, then scale and bias."""
-    if not isinstance(layer, nn.Linear):
-        raise NoKernelError(f"torch has no 8-bit {type(layer).__name__} for GPUs")
-    if x[..., 0].numel() <= 16 or layer.in_features % 8 or layer.out_features % 8:
-        raise NoKernelError(
-            "torch's 8-bit product on GPUs wants more than 16 rows and multiples of 8"
-        )
-    codes, weight_scale = _integers(layer.weight)
-    scale = x.abs().amax().clamp(min=1e-12) / 127
-    x8 = (x / scale).round().to(torch.int8).flatten(0, -2)
-    transposed, both, bias = codes.t(), weight_scale * scale, layer.bias
-    shape = (*x.shape[:-1], layer.out_features)
-
-    def run() -> Tensor:
-        out = torch._int_mm(x8, transposed) * both
-        return (out if bias is None else out + bias).view(shape)
-
-    return run, (x8 * scale).view(x.shape), _by_channel(codes, weight_scale)
-
-
-def _integers(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as signed 8-bit integers, and the scale of each output channel."""
-    scale = (weight.detach().flatten(1).abs().amax(1) / 127).clamp(min=1e-12)
-    return _by_channel(weight, 1 / scale).round().to(torch.int8), scale
-
-
-def _by_channel(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+@lru_cache
+def _levels(bits: int, scheme: Scheme) -> Tensor:
+    """The levels that a weight of normal numbers starts from."""
+    sample = nn.Linear(1024, 4)
+    nn.init.normal_(sample.weight, generator=torch.Generator().manual_seed(0))
+    return weight_quantizer_for(sample.weight, rows_of(sample), bits, scheme).levels.float()
 
 
 def _input_shapes(
@@ -277,7 +220,7 @@ def _input_shapes(
     hooks = []
     for layer in layers:
         module = model.get_submodule(layer.name)
-        if parametrize.is_parametrized(module) or hasattr(module, "input_quantizer"):
+        if parametrize.is_parametrized(module) or hasattr(module, INPUT_QUANTIZER):
             raise InputError(
                 f"layer {layer.name!r} is quantized: give the FP32 model, since a fake-quantized "
                 "layer's time is not a low-bit kernel's"
@@ -325,6 +268,21 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def clock_mhz(device: torch.device) -> float | None:
+    """The clock's frequency now, over all cores of a processor; None where nothing tells it."""
+    if device.type == "cuda":
+        try:
+            return float(torch.cuda.clock_rate(device))
+        except (ImportError, RuntimeError):  # the package that asks the driver is not there
+            return None
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return None
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [float(x.partition(":")[2]) for x in lines if x.startswith("cpu MHz")]
+    return statistics.median(found) if found else None
 
 
 def _versions(gpu: bool) -> dict[str, str]:

@@ -40,12 +40,22 @@ def quantize(
     """A copy of `model` that computes with the given bits and can be trained further.
 
     `bits` is a bit vector, a mapping from layer name to weight bits, or the path of a bit-vector
-    file. `batches` (inputs, targets) calibrate the input ranges and are needed when `bits` has
+    file, as a study leaves in best.bits.json and `adq-search export NAME --format bits` writes.
+    `batches` (inputs, targets) calibrate the input ranges and are needed when `bits` has
     activation bits. The projections of an nn.MultiheadAttention are its layers `in_proj` and
     `out_proj` (see `adq.quant.attention`). `scheme` says which quantizers. Call
-    `update_codebooks(model)` before each optimiser step while training; `qat.train_` does.
+    `update_codebooks(model)` before each optimiser step while training; `qat.train_` does:
 
-    Raises InputError for a layer that the model has not, or that cannot be quantized.
+        model = adq.quantize(model, "bits.json", batches)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            loss(model(inputs), targets).backward()
+            adq.update_codebooks(model)
+            optimizer.step()
+
+    Raises InputError for a file that is missing or damaged, and for a layer that the model has not,
+    or that cannot be quantized; `model` is never changed.
     """
     if isinstance(bits, str | Path):
         bits = BitVector.load(bits)

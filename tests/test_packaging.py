@@ -28,7 +28,7 @@ def modules_on_disk() -> set[str]:
         "/".join([*FOLDERS[folder].split("."), *path.relative_to(ROOT / folder).parts])
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".json", ".py", ".jinja"} or path.name == "py.typed"
+        if path.suffix in {".c", ".json", ".py", ".jinja"} or path.name == "py.typed"
     }
 
 
@@ -44,8 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")  # a build in the tree would leave its own copy there
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, source]
     subprocess.run(command, check=True, cwd=folder)
@@ -55,7 +55,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_holds_every_module_template_and_marker(wheel: Path) -> None:
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("adq/")}
-    assert inside == modules_on_disk()
+    compiled = {n for n in inside if n.startswith("adq/quant/kernels/_counting.")}
+    assert inside - compiled == modules_on_disk()
 
 
 def test_a_wheel_runs_from_any_folder(wheel: Path, tmp_path: Path) -> None:

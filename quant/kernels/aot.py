@@ -9,8 +9,9 @@ registers on AMD). It ends with exit status 1 if anything is spilled.
 Configurations are those that the launchers ask Triton for with float32 parameters (or scales and
 levels) at addresses that are multiples of 16: in `n2uq` every bit-width with every dtype of x, and
 once more where the number of elements is no multiple of 16, for which Triton makes another kernel;
-in `weights` every dtype of w with and without statistics, and with every backward rule; in
-`codebooks` one.
+in `inputs` the same; in `weights` every dtype of w with and without statistics, and with every
+backward rule; in `codebooks` one. Over packed weights there are some hundreds: of them every width
+with fp16 and sizes that are multiples of 16, and each other dtype, kind of scale and of image once.
 """
 
 import re
@@ -28,7 +29,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adq.quant.kernels import codebooks, n2uq, weights
+from adq.quant.kernels import (
+    codebooks,
+    inputs,
+    n2uq,
+    packed_matrix,
+    packed_vector,
+    packed_words,
+    weights,
+)
+from adq.quant.kernels.packed_reference import WIDTHS
 from adq.quant.kernels.weights_reference import DEAD_COUNT, PART, RULES
 from adq.quant.spec import MAX_BITS, MIN_BITS
 
@@ -53,16 +63,25 @@ class Config:
     warps: int = 4
     even: bool = True
     """Whether the number of elements is known to be a multiple of 16."""
+    multiples: tuple[str, ...] = ()
+    """Other sizes that are."""
     fusion: bool = True
     """Whether a product and a sum may become one instruction."""
 
     def __str__(self) -> str:
         name = f"{self.module} {self.kernel.removesuffix('_kernel')}"
         notes = [self.dtype, *([] if self.even else ["odd"])]
-        if "BITS" in self.constants:
-            notes.insert(0, f"{self.constants['BITS']} bits")
+        bits = self.constants.get("BITS", self.constants.get("STEPS"))
+        if bits is not None:
+            notes.insert(0, f"{bits} bits")
         if self.constants.get("GATHER"):
             notes.append("statistics")
+        if "PIXELS" in self.constants:
+            notes.append(f"{self.constants['PIXELS']} pixels")
+        names = {"GROUPS": "group scales", "PARTED": "parts"}
+        notes += [note for name, note in names.items() if self.constants.get(name)]
+        if not self.constants.get("ALIGNED", True):
+            notes.append("scattered")
         if "RULE" in self.constants:
             notes.append(RULES[int(self.constants["RULE"])])
         return f"{self.target:7} {name:16} {' '.join(notes):16}"
@@ -90,6 +109,8 @@ def configurations() -> Iterator[Config]:
     for target in TARGETS:
         yield from _n2uq_configurations(target)
         yield from _weights_configurations(target)
+        yield from _inputs_configurations(target)
+        yield from _packed_configurations(target)
         yield Config(
             *("codebooks", "step_kernel", target, "fp32"),
             {"DEAD": DEAD_COUNT, "WIDTH": codebooks.WIDTH},
@@ -138,6 +159,72 @@ def _weights_configurations(target: str) -> Iterator[Config]:
             yield Config("weights", "backward_kernel", target, dtype, constants, types)
 
 
+def _inputs_configurations(target: str) -> Iterator[Config]:
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        constants = {"STEPS": bits, "BLOCK": inputs.BLOCK}
+        for dtype, even in [*((dtype, True) for dtype in DTYPES), ("fp32", False)]:
+            types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}")
+            types |= {"codes_ptr": "*u8", "numel": "i32", "count": "i32"}
+            for kernel in ("quantize_kernel", "codes_kernel"):
+                yield Config("inputs", kernel, target, dtype, constants, types, even=even)
+
+
+def _packed_configurations(target: str) -> Iterator[Config]:
+    multiples = ("rows", "size", "width", "cells", "channels", "own", "own_rows", "pixels")
+    counts = (
+        *(*multiples, "levels", "groups", "has_bias", "steps", "middle", "numel", "columns"),
+        *("parts", *packed_matrix.GEOMETRY),
+    )
+
+    def config(module: str, kernel: str, dtype: str, warps: int = 4, **constants: float) -> Config:
+        integers = kernel.startswith("integer")
+        types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(counts, "i32")
+        types |= {"q_ptr": "*u8", "step": "fp32", "centre": "fp32"}
+        types |= dict.fromkeys(("words_ptr", "sums_ptr", "totals_ptr"), "*i32")
+        if integers and (constants.get("PARTED") or "finish" in kernel):
+            types |= {"parts_ptr": "*i32"} | ({} if "finish" in kernel else {"out_ptr": "*i32"})
+        return Config(module, kernel, target, dtype, constants, types, warps, multiples=multiples)
+
+    def vector(bits: int, dtype: str = "fp16", groups: int = 0) -> Config:
+        constants = {"BITS": bits, "GROUPS": groups, "W": packed_vector.BLOCK_CELLS[bits]}
+        return config("packed_vector", "vector_kernel", dtype, threads // 32, **constants)
+
+    def matrix(
+        bits: int, pixels: int, dtype: str = "fp16", groups: int = 0, aligned: bool = True
+    ) -> Config:
+        constants = {"BITS": bits, "GROUPS": groups, **shape(pixels, aligned)}
+        return config("packed_matrix", "matrix_kernel", dtype, packed_matrix.WARPS, **constants)
+
+    def integer(bits: int, pixels: int, parted: bool = False, aligned: bool = True) -> Config:
+        constants = {"BITS": bits, "PARTED": parted, **shape(pixels, aligned)}
+        return config("packed_matrix", "integer_kernel", "fp16", packed_matrix.WARPS, **constants)
+
+    def shape(pixels: int, aligned: bool) -> dict[str, int]:
+        step, rows = packed_matrix.STEP, packed_matrix.ROWS
+        return {"ALIGNED": aligned, "PIXELS": pixels, "ROWS": rows, "STEP": step}
+
+    few, some = packed_matrix.FEW_PIXELS, packed_matrix.SOME_PIXELS
+    many = packed_matrix.MANY_PIXELS
+    threads = 64 * 32 // TARGETS[target].warp_size
+    for bits in WIDTHS:
+        yield vector(bits)
+        yield matrix(bits, few)
+        yield matrix(bits, many)
+        yield integer(bits, many)
+    for dtype in ("fp32", "bf16"):
+        yield vector(4, dtype)
+    yield matrix(4, many, "bf16")
+    yield matrix(4, some, aligned=False)
+    yield integer(4, few, parted=True)
+    yield integer(4, some, aligned=False)
+    for groups in (1, 2):
+        yield vector(4, groups=groups)
+        yield matrix(4, some, groups=groups)
+    blocks = packed_words.FINISH_BLOCK, packed_matrix.FINISH_BLOCK
+    yield config("packed_words", "finish_kernel", "fp16", BLOCK=blocks[0])
+    yield config("packed_matrix", "integer_finish_kernel", "fp16", BLOCK=blocks[1])
+
+
 def compile_report(config: Config) -> Report:
     """Compiles one configuration down to machine code."""
     kernel = getattr(import_module(f"adq.quant.kernels.{config.module}"), config.kernel)
@@ -146,7 +233,7 @@ def compile_report(config: Config) -> Report:
         kind = "constexpr" if name in config.constants else config.types.get(name, "*fp32")
         signature[name] = kind
         count = kind == "i32" and name in ("numel", "programs")
-        if kind.startswith("*") or (count and config.even):
+        if kind.startswith("*") or (count and config.even) or name in config.multiples:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, config.constants, attributes)
     target = TARGETS[config.target]

@@ -26,17 +26,11 @@ Bytes moved per element, with w = the bytes of x and 1 byte of place (2 at 8 bit
 backward 3w + 1.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from adq.quant.errors import InputError
-
-HALVING_FROM = 2**13  # values; measured on an x86 core, see `places_of`
-PART = 2**17  # values for each thread
-BINS = 2**12
+from adq.quant.kernels import counting
 
 
 def bits_of(widths: Tensor) -> int:
@@ -54,7 +48,7 @@ def work_dtype(x: Tensor, widths: Tensor) -> torch.dtype:
 
 def place_dtype(n: int) -> torch.dtype:
     """The smallest dtype that holds 0..2n + 1: one byte up to 7 bits."""
-    return torch.uint8 if 2 * n + 1 <= 255 else torch.int16
+    return counting.count_dtype(2 * n + 1)
 
 
 def edges_of(start: Tensor, widths: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,98 +62,12 @@ def edges_of(start: Tensor, widths: Tensor, dtype: torch.dtype) -> Tensor:
     return steps.cumsum(0, dtype=torch.float64).to(dtype)
 
 
-def places_of(x: Tensor, edges: Tensor) -> Tensor:
-    """How many of the 2^(bits + 1) − 1 edges are <= x; NaN counts as +∞.
-
-    A processor mispredicts the branches of a search, which costs more than to look every value up
-    in a table: `Bins` is some four times as fast from 8,000 values on. It needs edges that do not
-    lie too close together; to halve them for all values at once does not, and takes half as long
-    as a search.
-    """
-    dtype = place_dtype(edges.numel() // 2)
-    if x.device.type != "cpu" or x.numel() < HALVING_FROM:
-        return torch.bucketize(x, edges, right=True, out_int32=True).to(dtype)
-    place = torch.empty(x.shape, dtype=dtype)
-    bins = Bins.of(edges)
-    find = partial(_halve, edges=edges) if bins is None else bins.places_of
-    for part, out in zip(_parts(x.reshape(-1)), _parts(place.view(-1)), strict=True):
-        find(part, out)
-    return place
-
-
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Pieces of a flat tensor that stay in a processor's cache from one operation to the next.
-
-    A tensor of no values is one piece; and so is one on another device, for which every piece
-    would be a launch.
-    """
-    return x.split(PART * torch.get_num_threads()) if x.device.type == "cpu" else (x,)
-
-
-@dataclass(frozen=True)
-class Bins:
-    """Equal bins between the first and the last edge, each with at most one edge in it.
-
-    x lies in bin f(x) = ⌊(x − b_0)·(BINS − 1)/(b_n − b_0)⌋, clipped to 0..BINS − 1. Rounded or
-    not, f never falls: an edge of a lower bin is <= x and one of a higher bin is not, so that the
-    edge in x's own bin alone has to be compared. That is exact, for f is computed for edges as for
-    values.
-    """
-
-    origin: Tensor
-    rate: Tensor
-    upto: Tensor  # (BINS,) edges in the bin and in lower ones
-    edge: Tensor  # (BINS,) the edge in the bin, NaN where there is none
-
-    @staticmethod
-    def of(edges: Tensor) -> "Bins | None":
-        """None where two edges share a bin, or do not ascend."""
-        origin = edges[0]
-        rate = (BINS - 1) / (edges[-1] - origin)
-        index = _bins_of(edges, origin, rate).long()
-        if not ((edges.diff() > 0) & (index.diff() > 0)).all():
-            return None
-        edge = torch.full((BINS,), torch.nan, dtype=edges.dtype).index_copy_(0, index, edges)
-        counts = torch.zeros(BINS, dtype=torch.int32).index_fill_(0, index, 1)
-        upto = counts.cumsum(0, dtype=torch.int32).to(place_dtype(edges.numel() // 2))
-        return Bins(origin, rate, upto, edge)
-
-    def places_of(self, x: Tensor, out: Tensor) -> None:
-        index = _bins_of(x, self.origin, self.rate)
-        above = self.edge.index_select(0, index) > x  # false for NaN, whose bin is the last
-        torch.index_select(self.upto, 0, index, out=out)
-        out.sub_(above.view(torch.uint8))
-
-
-def _bins_of(x: Tensor, origin: Tensor, rate: Tensor) -> Tensor:
-    """f(x) of `Bins`, int32; BINS − 1 where x is NaN."""
-    scaled = torch.sub(x, origin).mul_(rate).clamp_(0, BINS - 1)
-    return scaled.nan_to_num_(nan=BINS - 1).int()
-
-
-def _halve(x: Tensor, out: Tensor, edges: Tensor) -> None:
-    """The places by bits + 1 comparisons of each value."""
-    # counts the edges above x: NaN compares as false, and so has none above it
-    total = edges.numel()
-    descending, step = edges.flip(0), (total + 1) // 2
-    above = (descending[step - 1] > x).int().mul_(step)
-    while step := step // 2:
-        probe = descending[step - 1 :].index_select(0, above)
-        above.add_((probe > x).int(), alpha=step)
-    out.copy_(total - above)
-
-
 def forward(
     x: Tensor, start: Tensor, widths: Tensor, scale: Tensor, zero_point: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x̂, place, edges)."""
-    dtype = work_dtype(x, widths)
-    edges = edges_of(start, widths, dtype)
-    place = places_of(x.to(dtype), edges)
-    out = torch.empty_like(x)
-    for codes, part in zip(_parts(place), _parts(out), strict=True):
-        # cast before the subtraction: operations on two dtypes are many times slower on a CPU
-        part.copy_((codes >> 1).to(dtype).sub_(zero_point).mul_(scale))
+    edges = edges_of(start, widths, work_dtype(x, widths))
+    out, place = counting.quantize_and_count(x, edges, scale, zero_point, shift=1)
     return out, place, edges
 
 
@@ -178,7 +86,7 @@ def backward(
     # places 2i − 1 and 2i are those of segment i
     slopes = torch.constant_pad_nd((rate * scale).repeat_interleave(2), (1, 1))
     grad_x = torch.empty_like(x)
-    pieces = list(zip(*map(_parts, (grad, x, place, grad_x)), strict=True))
+    pieces = list(zip(*map(counting.parts, (grad, x, place, grad_x)), strict=True))
     found = []
     count = max(1, min(4, 256 // (2 * n + 2)))
     size = count * (2 * n + 2)

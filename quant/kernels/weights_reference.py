@@ -50,7 +50,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adq.quant.kernels.n2uq_reference import places_of
+from adq.quant.kernels.counting import count
 
 PART = 2**13  # weights of one partial sum
 DEAD_COUNT = 0.5  # a level whose running count falls below half a weight serves nobody
@@ -115,7 +115,7 @@ def work_dtype(w: Tensor) -> torch.dtype:
 
 def codes_of(x: Tensor, levels: Tensor) -> Tensor:
     """k(x), uint8, shape of x."""
-    return places_of(x, (levels[1:] + levels[:-1]) / 2)
+    return count(x, (levels[1:] + levels[:-1]) / 2)
 
 
 def forward(

@@ -1,5 +1,6 @@
 """The public names, used as README shows them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -129,6 +130,29 @@ def test_a_found_bit_vector_trains_in_somebody_elses_loop(front: adq.Front) -> N
         assert len(codes.detach().mul(1e4).round().unique()) <= 2**bits
     assert {k for k in packed_tensors(model) if k.endswith(".weight.codes")} == {
         f"{name}.weight.codes" for name in front.best.weight_bits
+    }
+
+
+def test_readmes_life_of_a_winner_runs_as_it_stands(tmp_path: Path) -> None:
+    [block] = re.findall(r"From search to inference:\n\n```sh\n(.*?)```", README, re.DOTALL)
+    install, *commands = block.splitlines()
+    assert install.startswith("pip install")
+    quick = " --trials 2 --epochs 1 --final-epochs 1 --fp32-epochs 2 --device cpu"
+    script = "\n".join(commands).replace("--budget-bits 2.8", "--budget-bits 2.8" + quick)
+    done = subprocess.run(
+        ["sh", "-e"],
+        input=script,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal predictions") == 3
+    assert done.stdout.splitlines()[-1].startswith("tensor([")
+    assert {"mine-best.safetensors", "mine-best.onnx", "mine-best.pt2"} <= {
+        path.name for path in tmp_path.iterdir()
     }
 
 

@@ -19,7 +19,7 @@ OPTIONS = [
     "--task", "tiny_task:make_task", "--budget-bits", "3.5", "--bits", "2,3,4", "--trials", "12",
     "--epochs", "2", "--final-epochs", "3", "--device", "cpu", "--study", "s",
 ]  # fmt: skip
-PATIENCE_S = 120
+PATIENCE_S = 600
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

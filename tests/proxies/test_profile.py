@@ -1,8 +1,9 @@
 """Profiling with a clock of our own: no test asserts a real time.
 
-The kernels that are timed are checked too: they compute the layer, to the rounding of 8 bits.
+What is timed is checked too: it is what a loaded model runs.
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -14,21 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from adq.proxies import profile
-from adq.proxies.latency import LatencyTable
-from adq.proxies.profile import NoKernelError, measure, median_stderr, torch_runner
+from adq.proxies.latency import LatencyTable, network_seconds
+from adq.proxies.profile import measure, median_stderr, served
 from adq.quant.apply import quantize
 from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo, trace_layers
+from adq.quant.scheme import Scheme
+from adq.quant.serving import serve
 from adq.quant.spec import BitVector
 
 CPU = torch.device("cpu")
-NO_ONEDNN = profile.platform.machine() not in profile.X86 or not hasattr(
-    torch.ops.onednn, "qconv_pointwise"
-)
-onednn = pytest.mark.skipif(NO_ONEDNN, reason="oneDNN's integer kernels are for x86")
-CPUINFO = Path("/proc/cpuinfo")
-VNNI = CPUINFO.exists() and "vnni" in CPUINFO.read_text()
-vnni = pytest.mark.skipif(not VNNI, reason="without VNNI oneDNN's integer kernels saturate")
 
 
 class Net(nn.Module):
@@ -50,8 +46,8 @@ class Net(nn.Module):
 class Machine:
     """A runner and its clock: a pass takes weight bits + input bits/100 seconds, plus noise."""
 
-    def __init__(self, noise: float = 0.0, skip: tuple[int, ...] = ()) -> None:
-        self.now, self.noise, self.skip = 0.0, noise, skip
+    def __init__(self, noise: float = 0.0) -> None:
+        self.now, self.noise = 0.0, noise
         self.rng = random.Random(1)
         self.prepared: list[tuple[str, int, int | None, int]] = []
         self.ran: list[tuple[str, int, int | None]] = []
@@ -59,8 +55,6 @@ class Machine:
     def runner(
         self, layer: nn.Module, inputs: list[Tensor], weight_bits: int, act_bits: int | None
     ) -> Callable[[], object]:
-        if weight_bits in self.skip:
-            raise NoKernelError("this machine has none")
         kind = f"{type(layer).__name__}{tuple(inputs[0].shape)}"
         self.prepared.append((kind, weight_bits, act_bits, len(inputs)))
 
@@ -75,8 +69,10 @@ class Machine:
         return self.now
 
 
-def profiled(machine: Machine, **options: Any) -> tuple[LatencyTable, tuple[LayerInfo, ...]]:
-    net, x = Net(), torch.randn(5, 2, 8, 8)
+def profiled(
+    machine: Machine, net: nn.Module | None = None, **options: Any
+) -> tuple[LatencyTable, tuple[LayerInfo, ...]]:
+    net, x = net or Net(), torch.randn(5, 2, 8, 8)
     layers = trace_layers(net, x[:2])
     settings: dict[str, Any] = {"bits": (4, 8), "act_bits": (8, None), "repeats": 7, **options}
     found = measure(
@@ -106,7 +102,36 @@ def test_a_table_says_where_and_how_it_was_measured() -> None:
     assert (found.batch, found.repeats, found.threads) == (5, 7, torch.get_num_threads())
     assert found.versions["torch"] == torch.__version__
     assert found.device
-    assert found.notes == ()
+    assert found.rest_seconds == 0  # this machine's clock stands still between the layers
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nothing tells the clock")
+def test_the_clock_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([2000.4, 3000.0])
+    monkeypatch.setattr(profile, "clock_mhz", lambda device: next(rates))
+    found, _ = profiled(Machine())
+    assert found.notes == ("the clock ran at 2000 MHz before and 3000 MHz after",)
+    monkeypatch.setattr(profile, "clock_mhz", lambda device: None)
+    assert profiled(Machine())[0].notes == ()
+
+
+class Waiting(Net):
+    """Takes half a second between its layers, and 32.32 in each FP32 layer."""
+
+    machine: Machine
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.machine.now += 0.5 + 5 * 32.32
+        return super().forward(x)
+
+
+def test_what_the_whole_model_takes_beyond_its_layers_is_the_rest() -> None:
+    machine, net = Machine(), Waiting()
+    Waiting.machine = machine
+    found, layers = profiled(machine, net, calls=2)
+    assert found.rest_seconds == pytest.approx(0.5 / 5)
+    bits = BitVector({layer.name: 4 for layer in layers}, {layer.name: 8 for layer in layers})
+    assert network_seconds(found, layers, bits) == pytest.approx((0.5 + 5 * 4.08) / 5)
 
 
 def test_several_passes_between_two_readings_are_divided_out() -> None:
@@ -124,16 +149,6 @@ def test_all_layers_and_widths_take_turns() -> None:
     parts = [rounds[i : i + size] for i in range(0, len(rounds), size)]
     assert all(sorted(map(str, part)) == sorted(map(str, parts[0])) for part in parts)
     assert any(part != parts[0] for part in parts)
-
-
-def test_what_has_no_kernel_is_left_out_noted_and_raises() -> None:
-    found, layers = profiled(Machine(skip=(4,)))
-    assert found.notes == (
-        "4/8, 4/float bits, Linear, Conv2d: not measured, this machine has none",
-    )
-    assert {e.weight_bits for e in found.entries} == {8, 32}
-    with pytest.raises(InputError, match="has 8/float bits, 32/float bits, 8/8 bits"):
-        found.seconds(layers[0], 4, 8)
 
 
 def test_the_median_shrugs_off_an_interruption() -> None:
@@ -228,87 +243,58 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False), (2, 8, 9, 9)),
     (nn.Conv2d(6, 4, (3, 1), groups=2), (2, 6, 5, 7)),
     (nn.Conv1d(4, 6, 5, padding=2), (2, 4, 11)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 5, 5)),
 ]
 
 
-@onednn
-@vnni
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme("lsq", "lsq"), Scheme(group_size=8)])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
-@pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_the_integer_kernels_compute_the_layer(
-    layer: nn.Module, shape: tuple[int, ...], shift: float
+@pytest.mark.parametrize("width", [(2, None), (4, 4), (8, 8)])
+def test_what_is_timed_is_what_a_packed_model_runs(
+    layer: nn.Module, shape: tuple[int, ...], width: tuple[int, int | None], scheme: Scheme
 ) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + shift
-    with torch.no_grad():
-        outputs = torch_runner(layer, [x, x + 1], 8, 8)()
+    """Its outputs are those of a plain layer on the weight and the input that it was given."""
+    given: list[Any] = []
+
+    def spy(*args: Any) -> nn.Module:
+        given.append(args)
+        return serve(*args)
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(profile, "serve", spy)
+        outputs = served(layer, [x, x + 1], *width, scheme)()
+        [(_, weight, quantizer, _)] = given
+        assert (weight.bits, quantizer is None) == (width[0], width[1] is None)
+        plain = copy.deepcopy(layer)
+        plain.weight = nn.Parameter(weight.fitted(layer).values())
+        few = min(2 ** (width[0] - 1), plain.weight.numel() // 3)
+        assert len(plain.weight.unique()) > few
         assert isinstance(outputs, list)
         for x_, got in zip((x, x + 1), outputs, strict=True):
-            wanted = layer(x_)
-            assert got.shape == wanted.shape
-            # steps of 1/255 and 1/127 of the ranges: errors of a few thousandths of the outputs
-            # that the ranges allow, and those of the terms average out
-            largest = x_.abs().max() * layer.get_parameter("weight").abs().flatten(1).sum(1).max()
-            assert (got - wanted).abs().max() < 0.02 * largest
+            wanted = plain(x_ if quantizer is None else quantizer(x_))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_integer_product_of_gpus_computes_the_layer_on_cpus_too() -> None:
-    layer, x = nn.Linear(16, 8), torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        (got,) = profile._checked(profile._int8_matmul, layer, [x])()  # type: ignore[misc]
-        largest = x.abs().max() * layer.weight.abs().sum(1).max()
-        assert (got - layer(x)).abs().max() < 0.02 * largest
-    with pytest.raises(NoKernelError, match="more than 16 rows and multiples of 8"):
-        profile._int8_matmul(nn.Linear(16, 7), x)
-    with pytest.raises(NoKernelError, match="no 8-bit Conv2d for GPUs"):
-        profile._int8_matmul(nn.Conv2d(1, 1, 1), x)
-
-
-def test_a_kernel_with_wrong_results_is_not_timed() -> None:
-    def saturating(layer: Any, x: Tensor) -> profile.Made:
-        return lambda: layer(x).clamp(max=0.01), x, layer.weight
-
-    with pytest.raises(NoKernelError, match="wrong results"):
-        profile._checked(saturating, nn.Linear(4, 4), [torch.ones(2, 4) * 3])
-
-
-@pytest.mark.parametrize("width", [(4, 8), (8, 4), (2, None), (8, None), (16, None)])
-def test_torch_has_no_kernel_for_other_widths(width: tuple[int, int | None]) -> None:
-    with pytest.raises(NoKernelError, match="8-bit weights on 8-bit inputs"):
-        torch_runner(nn.Linear(4, 4), [torch.randn(2, 4)], *width)
-
-
-@onednn
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (nn.ConvTranspose2d(2, 2, 2), "no 8-bit ConvTranspose2d"),
-        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "pad with zeros"),
-        (nn.Conv2d(2, 2, 3, padding="same"), "pad with zeros, in numbers"),
-    ],
-)
-def test_layers_without_an_integer_kernel_are_refused(layer: nn.Module, message: str) -> None:
-    with pytest.raises(NoKernelError, match=message):
-        torch_runner(layer, [torch.randn(1, 2, 4, 4)], 8, 8)
+def test_levels_have_a_common_step_where_the_schemes_have() -> None:
+    step = profile._levels(4, Scheme("lsq")).diff()
+    assert torch.allclose(step, step[0])
+    step = profile._levels(4, Scheme()).diff()
+    assert not torch.allclose(step, step[0], rtol=0.1)
 
 
 def test_fp32_runs_the_layer_itself() -> None:
     layer, x = nn.Linear(4, 3), torch.randn(2, 4)
-    outputs = torch_runner(layer, [x], 32, None)()
+    outputs = served(layer, [x], 32, None)()
     assert isinstance(outputs, list)
     assert torch.equal(outputs[0], layer(x))
 
 
-@onednn
-@vnni
-def test_a_real_profile_knows_eight_bits_and_refuses_four() -> None:
+def test_a_real_profile_knows_every_width_and_can_be_looked_up() -> None:
     net, x = Net(), torch.randn(3, 2, 8, 8)
     layers = trace_layers(net, x)
-    found = measure(net, layers, x, (4, 8), (8,), CPU, 5)
+    found = measure(net, layers, x, (2, 3, 8), (4, None), CPU, 5)
     for layer in layers:
-        assert found.seconds(layer, 8, 8) > 0
-        with pytest.raises(InputError, match=f"layer '{layer.name}' at 4/8 bits"):
-            found.seconds(layer, 4, 8)
-    assert found.notes == (
-        "4/8 bits, Linear, Conv2d: not measured, torch runs 8-bit weights on 8-bit inputs, or "
-        "floats, and no others",
-    )
+        for width in ((2, 4), (3, None), (5, 4), (8, 4)):
+            assert found.seconds(layer, *width) > 0
+    assert found.rest_seconds >= 0

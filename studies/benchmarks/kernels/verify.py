@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adq.quant.kernels import (
+    counting,
     n2uq_ops,  # noqa: F401 (registers the operators)
     n2uq_reference,
     weights_ops,  # noqa: F401 (the same)
@@ -93,7 +94,7 @@ def _plain_n2uq() -> Iterator[None]:
     """The CPU's operators against the formulas at the head of `n2uq_reference`, in float64."""
     for bits in BITS:
         # the second size is one at which the CPU takes its other way
-        for size in (1023, n2uq_reference.HALVING_FROM + 3):
+        for size in (1023, counting.MANY + 3):
             x, start, widths, scale, zero_point = activation_example(bits, size, torch.float32)
             what = f"N2UQ on the CPU, {bits} bits, {size} values"
             inputs = (x, start, widths, scale, zero_point)

@@ -100,7 +100,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_a_loaded_model_gives_the_same_logits(trained: nn.Module, file: Path) -> None:
-    loaded = load_packed_(fp32(seed=9).train(), file)
+    loaded = load_packed_(fp32(seed=9).train(), file, kernels="torch")
     assert not loaded.training
     # no tolerance: both multiply the same single-precision scale and level, and compare with the
     # same thresholds, so that every layer sees equal numbers
@@ -113,7 +113,7 @@ def test_a_loaded_model_gives_the_same_logits(trained: nn.Module, file: Path) ->
 def test_a_packed_input_agrees_with_its_quantizer_at_the_very_thresholds(
     trained: nn.Module, file: Path
 ) -> None:
-    loaded = load_packed_(fp32(), file)
+    loaded = load_packed_(fp32(), file, kernels="torch")
     for name in BITS.act:
         quantizer = trained.get_submodule(name).input_quantizer
         limits = quantizer.thresholds.detach()
@@ -122,7 +122,7 @@ def test_a_packed_input_agrees_with_its_quantizer_at_the_very_thresholds(
 
 
 def test_a_loaded_model_is_the_fp32_model_with_other_weights(file: Path) -> None:
-    loaded = load_packed_(fp32(), file)
+    loaded = load_packed_(fp32(), file, kernels="torch")
     own = {key for key in loaded.state_dict() if "input_quantizer" not in key}
     assert own == set(fp32().state_dict())
     assert {type(m) for m in loaded.modules()} - {PackedInput} == {
@@ -213,7 +213,9 @@ def test_a_file_without_the_padding_is_read_as_before(trained: nn.Module, tmp_pa
     save_file(tensors, tmp_path / "m", {"adq": json.dumps(about), "sha256": digest})
     assert read_metadata(tmp_path / "m")["point"] == "t1"
     x = data()[0][0]
-    assert torch.equal(load_packed_(fp32(seed=9), tmp_path / "m")(x), trained.eval()(x))
+    assert torch.equal(
+        load_packed_(fp32(seed=9), tmp_path / "m", kernels="torch")(x), trained.eval()(x)
+    )
 
 
 def test_the_weights_really_shrink() -> None:
@@ -232,7 +234,7 @@ def test_every_bit_width_makes_the_round_trip(tmp_path: Path, bits: int) -> None
     every = dict.fromkeys(("conv", "grouped", "line", "plain", "head"), bits)
     model = quantize(fp32(), BitVector(every, every), data())
     save_packed(model, tmp_path / "m", {})
-    loaded = load_packed_(fp32(seed=3), tmp_path / "m")
+    loaded = load_packed_(fp32(seed=3), tmp_path / "m", kernels="torch")
     x = data()[0][0]
     assert torch.equal(loaded(x), model.eval()(x))
 
@@ -242,7 +244,7 @@ def test_without_input_bits_the_file_has_no_input_tensors(tmp_path: Path) -> Non
     save_packed(model, tmp_path / "m", {})
     assert not any(".input." in key for key in load_file(tmp_path / "m"))
     x = data()[0][0]
-    assert torch.equal(load_packed_(fp32(seed=3), tmp_path / "m")(x), model(x))
+    assert torch.equal(load_packed_(fp32(seed=3), tmp_path / "m", kernels="torch")(x), model(x))
 
 
 def test_channels_last_models_are_packed_in_logical_order(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ def test_channels_last_models_are_packed_in_logical_order(tmp_path: Path) -> Non
     model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5, 2))
     turned = quantize(copy.deepcopy(model).to(memory_format=torch.channels_last), {"0": 3})
     save_packed(turned, tmp_path / "m", {})
-    loaded = load_packed_(copy.deepcopy(model), tmp_path / "m")
+    loaded = load_packed_(copy.deepcopy(model), tmp_path / "m", kernels="torch")
     assert torch.equal(loaded[0].weight, turned[0].weight)
 
 
@@ -274,7 +276,7 @@ def test_tied_weights_are_saved_under_both_names_and_stay_tied(tmp_path: Path) -
     assert stored == weight_bytes(16, 4, 4) + 4 * (40 + 40 + 4)
     size = PackedSize({"body": (16, 4)}, without(TiedEmbedding(), "body.weight"), {})
     assert (tmp_path / "m").stat().st_size == size.total(BitVector({"body": 4}))
-    loaded = load_packed_(TiedEmbedding(), tmp_path / "m")
+    loaded = load_packed_(TiedEmbedding(), tmp_path / "m", kernels="torch")
     tokens = torch.arange(10)
     assert torch.equal(loaded(tokens), model(tokens))
     assert loaded.head.weight is loaded.embed.weight
@@ -501,7 +503,7 @@ def test_batchnorms_are_folded_and_the_size_is_told_before(tmp_path: Path, group
         "norm4": "plain",
     }
     x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-    folded = load_packed_(normed(), path)
+    folded = load_packed_(normed(), path, kernels="torch")
     # the products of scale, level and factor are rounded in another order
     torch.testing.assert_close(folded(x), quantized(x), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
@@ -544,4 +546,4 @@ def test_a_vision_transformers_attention_survives_the_file(tmp_path: Path) -> No
     quantized = quantize(vit(), bits, [(x, None)]).eval()
     assert not torch.allclose(quantized(x), vit()(x))
     save_packed(quantized, tmp_path / "vit", {})
-    assert torch.equal(load_packed_(vit(), tmp_path / "vit")(x), quantized(x))
+    assert torch.equal(load_packed_(vit(), tmp_path / "vit", kernels="torch")(x), quantized(x))

@@ -91,7 +91,7 @@ def test_a_module_under_two_names_has_its_weight_in_the_file_once(
     rest = {key for key, value in model.state_dict().items() if value.dim() < 2}
     assert load_file(path).keys() == own | rest
 
-    loaded = load(path, built(kind, 9))
+    loaded = load(path, built(kind, 9), kernels="torch")
     assert torch.equal(loaded(x), trained.eval()(x))
     tied = {id(loaded.get_parameter(name)) for name in TWICE[kind]}
     assert len(tied) == 1
@@ -106,6 +106,6 @@ def test_a_block_under_two_names_is_folded(tmp_path: Path, act: bool) -> None:
     train_(trained, batches, nn.functional.cross_entropy, TrainingConfig(3, lr=1e-2), 0)
     save_packed(trained, path, {})
     assert not any("running_mean" in key for key in load_file(path))
-    loaded = load(path, built(Block, 9, 1))
+    loaded = load(path, built(Block, 9, 1), kernels="torch")
     assert torch.allclose(loaded(x), trained.eval()(x), atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())

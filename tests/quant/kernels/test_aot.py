@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+PACKED = ("packed_words", "packed_vector", "packed_matrix")
 aot = pytest.importorskip("adq.quant.kernels.aot", reason="triton is not installed")
 
 
 def test_every_kernel_is_compiled_for_every_target() -> None:
     listed = {(c.target, c.module, c.kernel) for c in aot.configurations()}
-    for module in ("n2uq", "weights", "codebooks"):
+    for module in ("n2uq", "weights", "codebooks", "inputs", *PACKED):
         source = Path(str(aot.__file__)).with_name(f"{module}.py").read_text()
         kernels = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
         assert kernels

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("kernels", ["n2uq", "weights", "codebooks"])
+@pytest.mark.parametrize("kernels", ["n2uq", "weights", "codebooks", "inputs", "packed"])
 def test_the_kernels_are_right_under_the_interpreter(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     file = Path(__file__).with_name(f"test_{kernels}.py")

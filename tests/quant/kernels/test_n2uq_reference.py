@@ -1,4 +1,4 @@
-"""The places of values against a loop over the edges, and the two ways of finding them."""
+"""The edges, and the places of values against a loop over the edges."""
 
 import math
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adq.quant.errors import InputError
 from adq.quant.kernels import n2uq_reference as reference
+from adq.quant.kernels.counting import MANY, count
 
 # exact in binary, and so are the knots and thresholds made of them
 eighths = st.integers(-80, 80).map(lambda i: i / 8)
@@ -46,33 +47,33 @@ def test_a_place_counts_the_edges_up_to_the_value(
 ) -> None:
     edges = reference.edges_of(torch.tensor([start]), torch.tensor(widths), torch.float32)
     values = values + edges.tolist()
-    found = reference.places_of(torch.tensor(values), edges)
+    found = count(torch.tensor(values), edges)
     assert found.tolist() == [sum(edge <= value for edge in edges.tolist()) for value in values]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_many_values_get_the_places_that_each_would_get_alone(bits: int) -> None:
-    x, edges = example(bits, 2 * reference.HALVING_FROM)
-    together = reference.places_of(x, edges)
-    apart = [reference.places_of(part, edges) for part in x.split(1000)]
+    x, edges = example(bits, 2 * MANY)
+    together = count(x, edges)
+    apart = [count(part, edges) for part in x.split(1000)]
     assert torch.equal(together, torch.cat(apart))
 
 
-@pytest.mark.parametrize("size", [0, reference.HALVING_FROM])
+@pytest.mark.parametrize("size", [0, MANY])
 def test_nan_goes_where_infinity_goes(size: int) -> None:
     x, edges = example(3, size)
-    assert reference.places_of(x, edges)[:3].tolist() == [15, 15, 0]
+    assert count(x, edges)[:3].tolist() == [15, 15, 0]
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(7, torch.uint8), (8, torch.int16)])
 def test_places_are_kept_in_as_few_bytes_as_hold_them(bits: int, dtype: torch.dtype) -> None:
     x, edges = example(bits, 0)
-    place = reference.places_of(x, edges)
+    place = count(x, edges)
     assert place.dtype == dtype
     assert place.max() == 2 ** (bits + 1) - 1
 
 
-@pytest.mark.parametrize("count", [0, 2, 6, 511])
-def test_another_number_of_widths_is_refused(count: int) -> None:
-    with pytest.raises(InputError, match=rf"expected 2\^bits − 1 of them.*got {count}"):
-        reference.bits_of(torch.ones(count))
+@pytest.mark.parametrize("number", [0, 2, 6, 511])
+def test_another_number_of_widths_is_refused(number: int) -> None:
+    with pytest.raises(InputError, match=rf"expected 2\^bits − 1 of them.*got {number}"):
+        reference.bits_of(torch.ones(number))
