@@ -125,8 +125,10 @@ def export(
         source = _study_point(root, name, point)
         stem = f"{source.name}-{point}"
     path = Path(out if out is not None else stem + FORMATS[format])
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder, or its folder is not there")
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is no regular file; name another one")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}; make it")
     if source.packed is not None and path.resolve() == source.packed.resolve():
         raise InputError(f"{path} is the file that is exported: name another one with --out")
     with redirect_stdout(sys.stderr):  # what a user's code prints is no result of ours

@@ -19,8 +19,11 @@ from adq.quant.errors import InputError
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
-    Raises InputError when the folder can't be written or the disk is full.
+    Raises InputError when the folder can't be written, the disk is full, or `path` is a folder, a
+    device or a pipe.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is no regular file; name another one")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

@@ -1,12 +1,13 @@
 """What a packed file holds of a layer, ready to compute: its weight and its input quantizer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adq.quant.kernels import inputs_ops, inputs_reference
+from adq.quant.kernels import counting, inputs_ops
 from adq.quant.packing import packed_bytes, unpack
 from adq.quant.rows import Rows, rows_of
 
@@ -105,21 +106,37 @@ class KernelInput(PackedInput):
         return KernelInput(other.thresholds, other.scale, other.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_plain(x):
-            return inputs_reference.quantize(x, self.thresholds, self.scale, self.zero_point)
-        return inputs_ops.quantize_input(x, self.thresholds, self.scale, self.zero_point)
+        return self.call()(x)
+
+    def call(self) -> Callable[[Tensor], Tensor]:
+        """`forward` with the buffers as they are now."""
+        thresholds, scale, zero_point = self.thresholds, self.scale, self.zero_point
+
+        def run(x: Tensor) -> Tensor:
+            if _is_plain(x, thresholds):
+                return counting.quantize(x, thresholds, scale, zero_point)
+            return inputs_ops.quantize_input(x, thresholds, scale, zero_point)
+
+        return run
 
     def codes(self, x: Tensor) -> Tensor:
         """#{thresholds <= x}, uint8."""
-        if _is_plain(x):
-            return inputs_reference.codes(x, self.thresholds)
+        if _is_plain(x, self.thresholds):
+            return counting.count(x, self.thresholds)
         return inputs_ops.input_codes(x, self.thresholds)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether what the operator would call can be called without it: dispatch takes as long as
-    quantizing some thousand values."""
-    return x.device.type == "cpu" and x.is_contiguous() and not torch.compiler.is_compiling()
+def _is_plain(x: Tensor, thresholds: Tensor) -> bool:
+    """Whether what the operator comes down to can be called without it: to dispatch takes as long
+    as to quantize some thousand values."""
+    return (
+        type(x) is Tensor
+        and x.dtype == thresholds.dtype
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def _bucketize(x: Tensor, thresholds: Tensor) -> Tensor:

@@ -24,8 +24,17 @@ from adq.quant.packed import (
 
 INT8_MAX = 127
 SMALL_MACS = 2**20
-"""Multiply-accumulates of a call below which oneDNN's calls, which take some 40 µs longer than
-torch's own, do not pay (measured on a 2.4 GHz core)."""
+"""Multiply-accumulates of a sample below which oneDNN's calls, which take some 40 µs longer than
+torch's own, do not pay; this and the next three measured on an AVX2 core."""
+
+INTEGER_TERMS = 256
+"""Products in an output of a convolution from which integers are faster: below, the layout that
+they want costs more than they save."""
+
+INTEGER_LINEAR_TERMS = 256 if torch.cpu._is_vnni_supported() else 2**62
+
+PREPACK_RATIO = 4
+"""Weights for each output of a sample from which a convolution in oneDNN's own layout is faster."""
 
 
 class _PackedLayer(Float32Buffers):
@@ -105,9 +114,9 @@ class _PackedLayer(Float32Buffers):
         """What runs on inputs like this one."""
         if x.device.type != "cpu" or not self.unpack:
             return self._packed_integer() or self._packed
-        if self._macs(x) < SMALL_MACS:
-            return self._plain(x)
-        return self._integer(x) or self._float(x)
+        integers, prepacked = self._pays(x)
+        call = self._integer(x) if integers else None
+        return call or (self._float(x) if prepacked else self._plain(x))
 
     def _integers(self) -> tuple[Tensor, Tensor, float, int] | None:
         """(codes as int8 in the layer's shape, scale (N,), input scale, input zero point) with
@@ -137,11 +146,9 @@ class _PackedLayer(Float32Buffers):
         """The weight in the layer's shape."""
         raise NotImplementedError
 
-    def _macs(self, x: Tensor) -> int:
-        raise NotImplementedError
-
-    def _integer(self, x: Tensor) -> Call | None:
-        """oneDNN's integers on a CPU."""
+    def _pays(self, x: Tensor) -> tuple[bool, bool]:
+        """Whether oneDNN's integers pay on such inputs, and its layout for floats, whatever the
+        batch: a layer computes the same for all."""
         raise NotImplementedError
 
     def _float(self, x: Tensor) -> Call:
@@ -210,13 +217,16 @@ class PackedLinear(_PackedLayer):
             return lambda x: call(quantizer.codes(x))
         return lambda x: call(quantizer.codes(x)).to(x.dtype)
 
-    def _macs(self, x: Tensor) -> int:
-        return x.numel() * self.out_features
+    def _pays(self, x: Tensor) -> tuple[bool, bool]:
+        return self.in_features >= INTEGER_LINEAR_TERMS, False
 
     def _plain(self, x: Tensor) -> Call:
         dense = self._dense = self._values(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return lambda x: F.linear(self._quantized(x), dense, bias)
+        if self.input_quantizer is None:
+            return lambda x: F.linear(x, dense, bias)
+        quantized = self.input_quantizer.call()
+        return lambda x: F.linear(quantized(x), dense, bias)
 
     def _packed_integer(self) -> Call | None:
         from adq.quant.kernels import packed_ops
@@ -303,10 +313,6 @@ class PackedConv2d(_PackedLayer):
 
         return run
 
-    def _macs(self, x: Tensor) -> int:
-        sizes = reference.out_size(x.shape[2:], self.kernel_size, *self.geometry[:3])
-        return x.shape[0] * sizes[0] * sizes[1] * self.out_channels * self._row()
-
     def _float(self, x: Tensor) -> Call:
         if not onednn.has_floats() or x.dtype != torch.float32:
             return self._plain(x)
@@ -314,7 +320,8 @@ class PackedConv2d(_PackedLayer):
         call = onednn.float_conv2d(self._values(torch.float32), bias, self.geometry, tuple(x.shape))
 
         def run(x: Tensor) -> Tensor:
-            y = call(self._quantized(x))
+            # oneDNN's own way from one format to the other takes longer than the convolution
+            y = call(self._quantized(x).contiguous(memory_format=torch.channels_last))
             return y if is_channels_last(x) else y.contiguous()
 
         return run
@@ -323,18 +330,23 @@ class PackedConv2d(_PackedLayer):
         dense = self._dense = self._values(x.dtype)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
 
-        def run(x: Tensor) -> Tensor:
-            return F.conv2d(self._quantized(x), dense, bias, *self.geometry)
-
-        return run
+        if self.input_quantizer is None:
+            return lambda x: F.conv2d(x, dense, bias, *self.geometry)
+        quantized = self.input_quantizer.call()
+        return lambda x: F.conv2d(quantized(x), dense, bias, *self.geometry)
 
     def _made(self, x: Tensor) -> Call:
         if x.device.type != "cpu" and not self._has_kernel():
             return self._plain(x)
-        if x.device.type == "cpu" and self.unpack and self.groups == self.in_channels:
-            # torch's own depthwise convolution is slow at any size
-            return self._integer(x) or self._float(x)
         return super()._made(x)
+
+    def _pays(self, x: Tensor) -> tuple[bool, bool]:
+        sizes = reference.out_size(x.shape[2:], self.kernel_size, *self.geometry[:3])
+        outputs = sizes[0] * sizes[1] * self.out_channels
+        if outputs * self._row() < SMALL_MACS:
+            return False, False
+        weights = self.out_channels * self._row()
+        return self._row() >= INTEGER_TERMS, weights >= PREPACK_RATIO * outputs
 
     def _has_kernel(self) -> bool:
         return reference.conv_supported(self.in_channels, self.out_channels, self.groups)

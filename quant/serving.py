@@ -6,8 +6,9 @@
     torch      a plain layer with a float weight: operators of ATen alone, for exporters
 
 On a CPU `auto` computes in integers where the weight's levels are multiples of one number and the
-input is quantized, provided that oneDNN's sums are exact for them: 1 to 5 times as fast as float32.
-Any other weight becomes a float one in the layout that the processor likes best.
+input is quantized, provided that oneDNN's sums are exact for them and that it pays
+(`packed_layers.INTEGER_TERMS`). Any other weight becomes a float one, in oneDNN's own layout where
+there are many weights for each output (`packed_layers.PREPACK_RATIO`), else as torch has it.
 
 Outputs have the dtype and the memory format of the input. Layers without a packed kernel
 (transposed and one-dimensional convolutions, those with scales for parts of a channel or another

@@ -204,7 +204,7 @@ def load_packed_(
 def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises all of them
         said = str(error).partition("\n")[0]
         raise InputError(f"device {str(device)!r} is not available here ({said})") from None
 

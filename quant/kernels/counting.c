@@ -3,7 +3,7 @@
  * of PyTorch's, so that one file serves every version of both; loaded with ctypes.
  *
  * Values are worked on in tiles that stay in the first cache, in three steps: read as float32,
- * count, write. Up to FEW thresholds each value is compared with every one of them. Above, a table
+ * count, write. Below FEW thresholds each value is compared with every one of them. Above, a table
  * says for each of some equal cells between the first and the last threshold how many thresholds
  * lie in lower cells; the thresholds of the value's own cell are halved, mostly one comparison.
  * The cell f(x) = (x - T_1) * rate, clipped, never falls as x grows, rounded or not, and is computed

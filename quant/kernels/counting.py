@@ -121,7 +121,7 @@ def _is_for_c(x: Tensor, *float32: Tensor) -> bool:
     for t in float32:
         if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
             return False
-    return x.is_cpu and x.is_contiguous()
+    return x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def _in_c(

@@ -74,6 +74,19 @@ def test_a_folder_that_is_none_is_an_input_error(tmp_path: Path, parent: str) ->
         write_text(path, "new")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, make) -> None:
+    path = tmp_path / "pipe"
+    make(path)
+    with (
+        pytest.raises(InputError, match=r"cannot write .*pipe: it is no regular file"),
+        atomic_path(path) as temporary,
+    ):
+        temporary.write_text("x")
+    assert not path.is_file()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_text_and_json_come_back(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "σ × 2\n")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "σ × 2\n"

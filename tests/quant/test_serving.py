@@ -35,7 +35,8 @@ PACKED = {"linear", "linear, no bias", "conv", "depthwise", "grouped", "one imag
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers as small as these run by the kernels of large ones."""
-    monkeypatch.setattr(packed_layers, "SMALL_MACS", 0)
+    for limit in ("SMALL_MACS", "INTEGER_TERMS", "INTEGER_LINEAR_TERMS", "PREPACK_RATIO"):
+        monkeypatch.setattr(packed_layers, limit, 0)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -101,7 +102,8 @@ def test_a_served_layer_is_the_layer_with_the_weights_values(
 ) -> None:
     if kernels == "small":
         kernels = "auto"
-        monkeypatch.setattr(packed_layers, "SMALL_MACS", 2**20)
+        monkeypatch.setattr(packed_layers, "SMALL_MACS", 2**40)
+        monkeypatch.setattr(packed_layers, "INTEGER_LINEAR_TERMS", 2**40)
     layer, x = made(name)
     before = copy.deepcopy(layer.state_dict())
     weight = weight_of(layer, 3)
@@ -378,3 +380,42 @@ def test_the_bytes_that_a_packed_layer_keeps() -> None:
     kept = sum(t.nbytes for t in served.state_dict().values())
     assert kept == 64 * 256 * 2 // 8 + 4 * (4 + 64 + 64)
     assert F.linear(torch.ones(1, 256), served.weight).shape == (1, 64)
+
+
+def test_what_runs_follows_from_the_shape_of_a_sample_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many products in an output: integers. Many weights for an output: oneDNN's layout. Neither:
+    torch's own convolution. Whatever the batch of the first call."""
+    monkeypatch.undo()
+    seen: list[str] = []
+    for name in ("_integer", "_float", "_plain"):
+        method = getattr(PackedConv2d, name)
+
+        def spy(self: Any, x: Tensor, name: str = name, method: Any = method) -> Any:
+            seen.append(name)
+            return method(self, x)
+
+        monkeypatch.setattr(PackedConv2d, name, spy)
+    cases = [
+        (nn.Conv2d(64, 64, 3, padding=1), 16, "_integer"),
+        (nn.Conv2d(200, 400, 1), 4, "_float"),
+        (nn.Conv2d(16, 96, 1), 32, "_plain"),
+        (nn.Conv2d(64, 64, 1), 4, "_plain"),  # small
+    ]
+    for layer, side, wanted in cases:
+        weight, quantizer = weight_of(layer, 4, torch.arange(-8.0, 8)), input_of(4)
+        for batch in (1, 9):
+            seen.clear()
+            serve(layer, weight, quantizer)(torch.randn(batch, layer.in_channels, side, side))
+            assert seen[0] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_works_for_other_batches() -> None:
+    layer, x = made("conv")
+    served = serve(layer, weight_of(layer, 3), input_of(4), kernels="packed")
+    traced = torch.jit.trace(served, x, check_trace=False)
+    other = torch.cat([x, x * 0.5, -x])
+    torch.testing.assert_close(traced(other), served(other))

@@ -197,3 +197,8 @@ def test_a_process_that_forked_counts_on() -> None:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
+
+
+def test_a_view_with_the_other_sign_is_counted_as_it_reads(way: str) -> None:
+    x = torch._neg_view(torch.ones(4))
+    assert counting.count(x, torch.tensor([0.0])).tolist() == [0, 0, 0, 0]
