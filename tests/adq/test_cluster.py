@@ -113,7 +113,7 @@ def test_a_study_is_sent_with_its_module_and_its_log_comes_back(
     assert "Pareto front of study first" in finished.out
     assert not any("━" in line or "\r" in line for line in finished.out.splitlines())  # no bars
     said = finished.err.splitlines()
-    assert said[0].startswith(f"sending 3 files of {laptop.folder}")
+    assert said[0].startswith(f"sending 4 files of {laptop.folder}")
     assert said[-1].endswith("is done: 'adq-search fetch first' brings its study home")
     shown = laptop.status("first")
     assert (shown["status"], shown["exit_code"], shown["folder"]) == ("SUCCEEDED", 0, "~/adq-runs")

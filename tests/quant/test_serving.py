@@ -411,7 +411,7 @@ def test_what_runs_follows_from_the_shape_of_a_sample_alone(
             assert seen[0] == wanted
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_layer_works_for_other_batches() -> None:
     layer, x = made("conv")

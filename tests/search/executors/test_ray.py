@@ -248,7 +248,7 @@ def test_an_interrupt_leaves_the_checkpoint_and_no_process(
 ) -> None:
     """The last one here: it ends this module's Ray."""
     short, long = jobs_of(watched, 2, epochs=1)
-    long = replace(long, epochs=500)
+    long = replace(long, epochs=50_000)
     source = JobsToDo([long, short])
 
     def interrupt(record: Record) -> None:
