@@ -135,7 +135,7 @@ def _is_plain(x: Tensor, thresholds: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.is_contiguous()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
     )
 
 

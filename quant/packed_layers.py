@@ -151,6 +151,10 @@ class _PackedLayer(Float32Buffers):
         batch: a layer computes the same for all."""
         raise NotImplementedError
 
+    def _integer(self, x: Tensor) -> Call | None:
+        """oneDNN's integers on a CPU."""
+        raise NotImplementedError
+
     def _float(self, x: Tensor) -> Call:
         """The unpacked weight in the processor's layout."""
         return self._plain(x)
