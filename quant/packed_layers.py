@@ -1,8 +1,9 @@
 """Linear and convolution layers that hold their weight packed, and run it by what is fastest.
 
 On a CPU they unpack at the first call: to integers where the levels are multiples of one number,
-the input is quantized and oneDNN's sums are exact, else to floats in oneDNN's layout. On a GPU the
-packed kernels run, in integers where levels are uniform and the input is quantized.
+the input is quantized, oneDNN's sums are exact and the layer is of a shape where that pays, else to
+floats. On a GPU the packed kernels run, in integers where levels are uniform and the input is
+quantized.
 """
 
 from typing import Any
@@ -25,13 +26,14 @@ from adq.quant.packed import (
 INT8_MAX = 127
 SMALL_MACS = 2**20
 """Multiply-accumulates of a sample below which oneDNN's calls, which take some 40 µs longer than
-torch's own, do not pay; this and the next three measured on an AVX2 core."""
+torch's own, do not pay. This and the next three were measured on an AVX2 core."""
 
 INTEGER_TERMS = 256
 """Products in an output of a convolution from which integers are faster: below, the layout that
 they want costs more than they save."""
 
 INTEGER_LINEAR_TERMS = 256 if torch.cpu._is_vnni_supported() else 2**62
+"""The same for Linear layers: without VNNI their integers are never faster."""
 
 PREPACK_RATIO = 4
 """Weights for each output of a sample from which a convolution in oneDNN's own layout is faster."""
