@@ -5,6 +5,7 @@ OUT/NAME/
   study.db            the Optuna study (unless --storage names another place)
   fp32.safetensors    the FP32 weights;  fp32.json  how they were trained and how good they are
   sensitivity.json    every proxy's table;  sensitivity.csv  the same, one row a layer and bits
+  layers.json         what each layer costs at each choice of its bits
   seeds.json          the bit vectors that the search starts with
   trials/NNNN.json    a record per trial
   start/NNNN.safetensors   with --warm-start, weights that other trials may start from
@@ -12,6 +13,7 @@ OUT/NAME/
   front.json, front.csv, front.png, report.html, best.safetensors, best.bits.json
   results.json        which point is best, and the uniform models beside the front
   clock.json          seconds that the study took so far
+  runs.json           when it was begun and resumed, by which command, on what
   checkpoints/JOB     of trainings that are under way (unless --checkpoints names another place)
   lock, drivers/, running/   which processes work on it, see `crew`
   tune/               what Ray Tune records, for TensorBoard

@@ -21,6 +21,7 @@ from adq.quant.batches import threads
 from adq.quant.errors import InputError
 from adq.quant.files import atomic_path, read_json, write_json, write_text
 from adq.quant.spec import BitVector
+from adq.search.breakdown import keep_breakdown
 from adq.search.candidate import Record
 from adq.search.config import EXECUTION, StudyConfig, make_config
 from adq.search.crew import Crew
@@ -35,6 +36,8 @@ from adq.search.lattice import Lattice
 from adq.search.observer import Observer
 from adq.search.problem import Problem, make_problem
 from adq.search.report import write_report
+from adq.search.report.command import command_line, resume_line
+from adq.search.runs import RUNS, note_run
 from adq.search.samplers import make_sampler
 from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point as SeedPoint
@@ -192,6 +195,8 @@ def _prepare(
 ) -> _Prepared:
     """What the search starts from, measured once and kept in the folder."""
     fp32 = fp32_model(problem, folder, observer)
+    _note_run(problem, folder, kept)
+    keep_breakdown(folder, problem)
     if kept != folder.config:  # it was extended, and everything that can be checked is
         write_text(folder.file("study.toml"), kept.to_toml())
     found = sensitivities(problem, fp32.model, folder, observer)
@@ -204,6 +209,15 @@ def _prepare(
         problem, fp32.model, ranges, files, open_files(str(where), observer.message), logs
     )
     return _Prepared(fp32, _proposals(problem, folder, found), bench)
+
+
+def _note_run(problem: Problem, folder: StudyFolder, kept: StudyConfig) -> None:
+    """Keep that this process works on the study, unless there is nothing left to do."""
+    if folder.finished and kept == folder.config:
+        return
+    begun = folder.file(RUNS).exists()
+    command = resume_line(folder.config, problem.config) if begun else command_line(kept)
+    note_run(folder, command, problem.device, problem.threads)
 
 
 def _train_all(

@@ -3,28 +3,55 @@
 import shlex
 from typing import Any
 
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
 from adq.search.config import OPTIONS, StudyConfig, option_name
 
 
 def command_line(config: StudyConfig) -> str:
     """`adq-search` with every option that is not at its default, quoted for a POSIX shell."""
-    words = ["adq-search"]
-    for option, text in options(config, changed_only=True):
-        words += [f"--{option}", shlex.quote(text)]
+    return _line(["adq-search"], options(config, changed_only=True))
+
+
+def resume_line(before: StudyConfig, now: StudyConfig) -> str:
+    """`adq-search resume NAME` with every option that `now` gives and `before` did not."""
+    had, default = options(before), OPTIONS["out"].default
+    words = ["adq-search", "resume", shlex.quote(before.study or "")]
+    where = [] if before.out == default else [("out", before.out)]
+    return _line(words, where + [option for option in options(now) if option not in had])
+
+
+def _line(words: list[str], given: list[tuple[str, str]]) -> str:
+    for option, text in given:
+        words = [*words, f"--{option}", shlex.quote(text)]
     return " ".join(words)
 
 
 def options(config: StudyConfig, changed_only: bool = False) -> list[tuple[str, str]]:
-    """(name, value as the command line takes it) of each option that has a value."""
+    """(name, value as the command line takes it) of each option that has a value.
+
+    A password in a storage's address is left out, as the page may go anywhere.
+    """
     return [
-        (option_name(field), _text(getattr(config, name)))
+        (option_name(field), _text(name, getattr(config, name)))
         for name, field in OPTIONS.items()
         if getattr(config, name) is not None
         and not (changed_only and getattr(config, name) == field.default)
     ]
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if name == "storage":
+        return _without_password(str(value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _without_password(storage: str) -> str:
+    try:
+        url = make_url(storage)
+    except ArgumentError:  # journal:FILE
+        return storage
+    return storage if url.password is None else url.render_as_string(hide_password=True)

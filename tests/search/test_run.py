@@ -142,6 +142,7 @@ def test_every_promised_file_is_there(study: Study) -> None:
     promised = ["study.toml", "study.db", "fp32.safetensors", "fp32.json", "sensitivity.json"]
     promised += ["sensitivity.csv", "front.json", "best.safetensors", "best.bits.json"]
     promised += ["results.json", "clock.json", "seeds.json", TRIALS, FINAL, MODELS]
+    promised += ["layers.json", "runs.json"]
     of_work = {"lock", "checkpoints", "drivers", "running"}
     assert {p.name for p in path.iterdir()} - of_work == set(promised)
     assert not [p for name in of_work for p in (path / name).glob("*")]
