@@ -274,10 +274,11 @@ def assert_exact(
         quantize_(model, bits, input_ranges(model, wanted, [(x, None)], scheme.act), scheme)
         save_packed(model.eval(), path, {"task": "imagefolder:photos", "point": "uniform-4"})
         assert path.stat().st_size == costs.costs(bits).size_bytes
-        # folded BatchNorms round otherwise, and an input at a threshold may take the next code
+        # folded BatchNorms round otherwise, and an input at a threshold may take the next code:
+        # with two bits one such input can move the outputs by percents
         expected = model(x)
         error = load_packed_(copy.deepcopy(fp32), path, kernels="torch")(x) - expected
-        assert error.norm() <= 1e-2 * expected.norm()
+        assert error.norm() <= (0.2 if bits.act else 1e-4) * expected.norm()
 
 
 def mixed(names: list[str], seed: int) -> BitVector:
