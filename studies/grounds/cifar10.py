@@ -1,11 +1,14 @@
-"""CIFAR-10 from a folder of images, and ResNet-20 with trained weights.
+"""CIFAR-10 from a folder, and ResNet-20 with trained weights.
 
-The folder holds `train/CLASS/*.jpg` (5,000 images a class) and `test/CLASS/*.jpg` (1,000), 32x32
-pixels, and `resnet20.safetensors`, a state dict of `resnet20.ResNet20` trained on them. A tenth
-of the training images is set aside for validation. The weights have seen these: compare models
-with each other there, and with the FP32 model on the test images.
+The folder holds the images, as `cifar-10-batches-py` (the published files; torchvision reads their
+pickles once the checksums have proved to be the published ones) or as `train/CLASS/*.jpg` (5,000
+images a class) and `test/CLASS/*.jpg` (1,000), 32x32 pixels; and `resnet20.safetensors`, a state
+dict of `resnet20.ResNet20` trained on them. A tenth of the training images is set aside for
+validation. The weights have seen these: compare models with each other there, and with the FP32
+model on the test images.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from grounds.data import Data, Samples, mirrored
 from grounds.resnet20 import ResNet20
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.datasets import CIFAR10
 from torchvision.io import decode_image
 
 from adq.quant.errors import InputError
@@ -22,6 +26,7 @@ from adq.quant.files import write_tensors
 BUILD = Path(__file__).parent / "build"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PADDING = 4
+PUBLISHED = "cifar-10-batches-py"
 
 
 def load(folder: Path) -> Data:
@@ -29,9 +34,11 @@ def load(folder: Path) -> Data:
 
     Decoded images are kept in `build`. Raises InputError for a folder without the images.
     """
-    kept = BUILD / "cifar10.safetensors"
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    kept = BUILD / f"cifar10-{place}.safetensors"
     if not kept.exists():
-        decoded = {**_decoded(folder, "train", 5000), **_decoded(folder, "test", 1000)}
+        read = _published if (folder / PUBLISHED).is_dir() else _decoded
+        decoded = {**read(folder, "train"), **read(folder, "test")}
         BUILD.mkdir(exist_ok=True)
         write_tensors(kept, decoded, {})
     tensors = load_file(kept)
@@ -46,7 +53,17 @@ def load(folder: Path) -> Data:
     return Data((images[cut:], labels[cut:]), (images[:cut], labels[:cut]), parts["test"])
 
 
-def _decoded(folder: Path, split: str, each: int) -> dict[str, Tensor]:
+def _published(folder: Path, split: str) -> dict[str, Tensor]:
+    try:
+        found = CIFAR10(folder, train=split == "train", download=False)
+    except RuntimeError as error:
+        raise InputError(f"{folder / PUBLISHED}: not the files of CIFAR-10 ({error})") from None
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return {f"{split}.images": images, f"{split}.labels": torch.tensor(found.targets)}
+
+
+def _decoded(folder: Path, split: str) -> dict[str, Tensor]:
+    each = 5000 if split == "train" else 1000
     classes = sorted(path for path in (folder / split).glob("*") if path.is_dir())
     files = [sorted(path.glob("*.jpg")) for path in classes]
     if len(classes) != 10 or any(len(found) != each for found in files):

@@ -10,9 +10,7 @@ One CPU core a worker; about two hours of one core.
 
 import argparse
 import copy
-import json
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -29,6 +27,7 @@ import torch
 from grounds.data import Batches, Data, in_order
 from grounds.fashion import FOLDER, fp32, load
 from grounds.report import table, write_between
+from grounds.runs import Result, measure
 from torch.nn import functional as F
 
 from adq.quant.apply import quantize_
@@ -101,8 +100,7 @@ class Run:
     lr: float
     steps: int = STEPS
 
-    @property
-    def key(self) -> str:
+    def __str__(self) -> str:
         steps = "" if self.steps == STEPS else f" steps {self.steps}"
         return f"{self.variant} {self.mode}{self.bits} lr {self.lr:g} seed {self.seed}{steps}"
 
@@ -151,7 +149,7 @@ def train(run: Run) -> dict[str, Any]:
     config = replace(TRAINING, epochs=epochs, lr=run.lr, **variant.training)
     batches = Batches(DATA.train, steps=STEPS)
     *_, epoch = train_(model, batches, F.cross_entropy, config, run.seed, teacher=MODEL)
-    result: dict[str, Any] = {"run": run.key}
+    result: dict[str, Any] = {"run": str(run)}
     for when in ("as_trained", "reestimated"):
         if when == "reestimated":
             reestimate_batchnorm_(model, CALIBRATION)
@@ -173,19 +171,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=FOLDER, help="the folder of the IDX files")
     arguments = parser.parse_args()
     fp32(arguments.data)  # trained once, before the workers look for it
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    known = {result["run"] for result in done}
-    missing = [run for run in runs() if run.key not in known]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers, start, (arguments.data,)) as pool:
-        for i, result in enumerate(pool.imap_unordered(train, missing), 1):
-            done.append(result)
-            write_json(RESULTS, done)
-            print(f"{i}/{len(missing)} {result}", flush=True)
-    report({result["run"]: result for result in done})
+    folder = arguments.data
+    report(measure(list(runs()), train, RESULTS, arguments.workers, start, (folder,)))
 
 
-Results = dict[str, dict[str, Any]]
+Results = dict[str, Result]
 Cell = tuple[str, str, int]  # variant, mode, bits
 DEFAULT = "adq"
 """The variant that the package's defaults are: the best of ADQ's on validation, see README.md."""
@@ -193,7 +183,7 @@ DEFAULT = "adq"
 
 def values(results: Results, cell: Cell, lr: float, what: str) -> np.ndarray:
     """One number a seed."""
-    return np.array([results[Run(*cell, seed, lr).key][what] for seed in range(SEEDS)])
+    return np.array([results[str(Run(*cell, seed, lr))][what] for seed in range(SEEDS)])
 
 
 def rate(results: Results, cell: Cell) -> float:
@@ -271,8 +261,8 @@ def report(results: Results) -> None:
         row = [METHODS[name].title]
         for steps in (STEPS, LONG_STEPS):
             found = [Run(name, "W", 2, seed, RATES["W"], steps) for seed in range(SEEDS)]
-            x = np.array([results[run.key][TEST] for run in found])
-            flips = np.mean([results[run.key]["flips"] for run in found])
+            x = np.array([results[str(run)][TEST] for run in found])
+            flips = np.mean([results[str(run)]["flips"] for run in found])
             row += [f"{x.mean():.2f} ± {stderr(x):.2f}", f"{100 * flips:.3f}"]
         rows.append(row)
     header = ["weights, 2 bits"]

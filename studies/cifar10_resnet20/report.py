@@ -1,0 +1,175 @@
+"""Tables, picture and summary of the study."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from finetuning import EPOCH, FineTuning
+from grounds.report import table, write_between
+from grounds.runs import Result
+from vectors import BUDGET, LOWER, METHODS, UNIFORM, average_bits, uniform
+
+from adq.quant.files import atomic_path, write_json
+from adq.quant.spec import BitVector
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+LONG = 4 * EPOCH
+SEARCHED = f"searched-{BUDGET}"
+LONGER = ("fp32", SEARCHED, "adq-2", "adq-3")
+TITLES = {"lsq": "LSQ", "n2uq": "N2UQ", "apot": "APoT", "adq": "ADQ"}
+ENDS = (2, 3)
+"""The uniform widths that a mixed model is held against."""
+
+
+class Found:
+    """The results of all runs, by name and number of steps."""
+
+    def __init__(
+        self,
+        results: Mapping[str, Result],
+        sizes: Mapping[str, int],
+        mixed: Mapping[str, BitVector],
+    ) -> None:
+        self.results, self.sizes, self.mixed = results, dict(sizes), dict(mixed)
+
+    def values(self, name: str, what: str = "test_top1", steps: int = EPOCH) -> np.ndarray:
+        """One number a seed."""
+        keys = [str(FineTuning(name, None, seed=seed, steps=steps)) for seed in SEEDS]
+        return np.array([self.results[key][what] for key in keys])
+
+    def bits(self, name: str, pinned: bool = True) -> float:
+        """Average bits a weight; of the searched layers alone, without `pinned` ones."""
+        vector = self.mixed.get(name) or uniform(self.sizes, int(name.rpartition("-")[2]))
+        counted = self.sizes if pinned else dict(list(self.sizes.items())[1:-1])
+        return average_bits(counted, vector)
+
+    def between(self, method: str, at: float, steps: int = EPOCH) -> np.ndarray:
+        """Top-1 of the method's uniform 2-bit and 3-bit models on the line between them at `at`
+        average bits, seed by seed."""
+        low, high = (f"{method}-{bits}" for bits in ENDS)
+        share = (at - self.bits(low)) / (self.bits(high) - self.bits(low))
+        ends = self.values(low, steps=steps), self.values(high, steps=steps)
+        return (1 - share) * ends[0] + share * ends[1]
+
+    def gain(self, name: str) -> tuple[np.ndarray, str]:
+        """Top-1 beyond the best of these lines, seed by seed, and whose line that is."""
+        lines = {method: self.between(method, self.bits(name)) for method in METHODS}
+        best = max(lines, key=lambda method: lines[method].mean())
+        return self.values(name) - lines[best], best
+
+
+def stderr(x: np.ndarray) -> float:
+    """The standard error of the mean over seeds."""
+    return float(x.std(ddof=1) / len(x) ** 0.5)
+
+
+def mean(x: np.ndarray, form: str = ".2f") -> str:
+    return f"{x.mean():{form}} ± {stderr(x):.2f}"
+
+
+def title(name: str) -> str:
+    method, _, bits = name.partition("-")
+    words = {
+        "fp32": "FP32, trained as long",
+        "hawq": "HAWQ-V2 trace, knapsack",
+        "knapsack": "default proxies, knapsack",
+        "searched": f"**searched**, under {bits} bits",
+    }
+    return words.get(method) or f"uniform {bits}, {TITLES[method]}"
+
+
+def row(found: Found, name: str, steps: int = EPOCH) -> list[str]:
+    top1, loss = (found.values(name, what, steps) for what in ("test_top1", "test_loss"))
+    drop = found.values("fp32", steps=steps) - top1
+    if name == "fp32":
+        return [title(name), "32", "32", mean(top1), "", f"{loss.mean():.4f}"]
+    bits = [f"{found.bits(name, pinned):.3f}" for pinned in (True, False)]
+    return [title(name), *bits, mean(top1), mean(drop), f"{loss.mean():.4f}"]
+
+
+def report(found: Found) -> None:
+    """README.md's tables, front.png and summary.json."""
+    before = found.results[str(FineTuning("fp32", None, steps=0))]
+    header = ["model", "average bits", "without the pinned", "test top-1", "drop", "cross-entropy"]
+    names = ["fp32", *(f"{m}-{b}" for b in UNIFORM for m in METHODS), *sorted(found.mixed)]
+    rows = [["FP32, as given", "32", "32", f"{before['test_top1']:.2f}", "",
+             f"{before['test_loss']:.4f}"]]  # fmt: skip
+    main = table(header, rows + [row(found, name) for name in names])
+    gains = {name: found.gain(name) for name in sorted(found.mixed)}
+    gained = table(
+        ["model", "average bits", "beyond the best line of uniform 2 and 3 bits", "whose line"],
+        [
+            [title(name), f"{found.bits(name):.3f}", mean(x, "+.2f"), TITLES[method]]
+            for name, (x, method) in gains.items()
+        ],
+    )
+    longer = table(header, [row(found, name, LONG) for name in LONGER])
+    layers = table(
+        ["layer", "weights", *sorted(found.mixed)],
+        [
+            [name, f"{numel:,}", *(str(found.mixed[m].weight[name]) for m in sorted(found.mixed))]
+            for name, numel in found.sizes.items()
+        ],
+    )
+    write_between(
+        HERE / "README.md", {"main": main, "gain": gained, "longer": longer, "bits": layers}
+    )
+    picture(found)
+    summarise(found)
+
+
+def summarise(found: Found) -> None:
+    fp32, searched = found.values("fp32"), found.values(SEARCHED)
+    gain, _ = found.gain(SEARCHED)
+    long = {name: found.values(name, steps=LONG) for name in LONGER}
+    line = found.between("adq", found.bits(SEARCHED), LONG)
+    hawq = found.values(f"hawq-{BUDGET}")
+    summary = {
+        "fp32_top1": fp32.mean(),
+        "searched_top1": searched.mean(),
+        "searched_average_bits": found.bits(SEARCHED),
+        "drop_points": (fp32 - searched).mean(),
+        "drop_stderr_points": stderr(fp32 - searched),
+        "gain_over_uniform_interpolation_points": gain.mean(),
+        "stderr_points": stderr(gain),
+        "searched_minus_hawq_points": (searched - hawq).mean(),
+        "searched_minus_hawq_stderr_points": stderr(searched - hawq),
+        "longer_drop_points": (long["fp32"] - long[SEARCHED]).mean(),
+        "longer_drop_stderr_points": stderr(long["fp32"] - long[SEARCHED]),
+        "longer_gain_over_adq_interpolation_points": (long[SEARCHED] - line).mean(),
+        "longer_gain_stderr_points": stderr(long[SEARCHED] - line),
+    }
+    write_json(HERE / "summary.json", {k: round(float(v), 4) for k, v in summary.items()})
+
+
+def picture(found: Found) -> None:
+    """front.png: accuracy against average bits, uniform lines and mixed points."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+
+    def draw(names: list[str], label: str, style: str) -> None:
+        tops = [found.values(name) for name in names]
+        axes.errorbar(
+            [found.bits(name) for name in names],
+            [x.mean() for x in tops],
+            [stderr(x) for x in tops],
+            fmt=style,
+            label=label,
+            capsize=3,
+            markersize=5,
+        )
+
+    for method in METHODS:
+        draw([f"{method}-{b}" for b in UNIFORM], f"uniform, {TITLES[method]}", ":.")
+    limits = sorted((*LOWER, BUDGET))
+    draw([f"searched-{limit}" for limit in limits], "searched", "-o")
+    draw([f"knapsack-{BUDGET}"], "default proxies, knapsack", "s")
+    draw([f"hawq-{BUDGET}"], "HAWQ-V2 trace, knapsack", "^")
+    axes.axhline(found.values("fp32").mean(), color="grey", linewidth=1, label="FP32")
+    axes.set_xlabel("average bits a weight")
+    axes.set_ylabel("test top-1, %")
+    axes.legend(fontsize="small")
+    with atomic_path(HERE / "front.png") as path:
+        figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
