@@ -109,7 +109,7 @@ def searched(folder: Path) -> adq.Front:
 
 
 def hawq(folder: Path) -> BitVector:
-    """min Σ tr(H_l)/n_l · ‖Q_b(w_l) − w_l‖² under the budget (HAWQ-V2, arXiv 1911.03852, eq. 10),
+    """min Σ tr(H_l)/n_l · ‖Q_b(w_l) − w_l‖² under the budget (HAWQ-V2, arXiv 1911.03852),
     on 256 training images, by an exact knapsack. Kept in build/."""
     path = BUILD / "hawq.bits.json"
     if not path.exists():
