@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adq.quant.errors import InputError
 from adq.search.executors.job_server import JobServer
-from adq.search.executors.ray import reach, reason_of
+from adq.search.executors.join import reach, reason_of
 from adq.search.files import open_files
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"

@@ -14,46 +14,33 @@ Errors of the user's code end inside `run_job`. What Tune sees is the death of a
 it starts the trial again, and the training goes on from its last checkpoint.
 """
 
-import importlib.metadata
-import json
 import logging
 import os
-import platform
-import re
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import ray
 from ray import tune
 from ray.air.execution._internal import RayActorManager
-from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.error import TuneError
-from ray.tune.logger import TBXLoggerCallback
-from ray.tune.search import Searcher
 
 from adq.quant.errors import InputError
-from adq.quant.spec import BitVector
-from adq.search.candidate import Record, failed_record
+from adq.search.candidate import Record
 from adq.search.config import StudyConfig
-from adq.search.executors.distributed import resources, train_together
-from adq.search.executors.parcel import Parcel, pack, unpack
-from adq.search.jobs import TRIES, Bench, Job, Source, hand_in, run_job
-
-ASK_S, REACH_S = 0.5, 5.0
-LOOK_S, FULL_S = 10.0, 60.0
-RECORD, MISFIT = "record", "misfit"
-JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Where Ray keeps what a submitted job was given, in the job's environment."""
+from adq.search.executors.callbacks import Board, Deaths, Room
+from adq.search.executors.distributed import resources
+from adq.search.executors.join import connect, environment, living_nodes, message_of
+from adq.search.executors.parcel import Parcel, pack
+from adq.search.executors.searcher import Search, Stop
+from adq.search.executors.shares import room, shares
+from adq.search.executors.trainable import name_of, trainable_of
+from adq.search.jobs import TRIES, Bench, Source
 
 TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output can be silenced
@@ -65,9 +52,6 @@ TUNE_ENV = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1e9",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "1e9",
 }
-_NO_MEMORY = re.compile(r"low on memory|OutOfMemory|out of memory|OUT_OF_MEMORY|OOM kill reason")
-_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+).*?was (\S+) used / (\S+) limit")
-log = logging.getLogger(__name__)
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
@@ -94,11 +78,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def __enter__(self) -> "RayExecutor":
         started = time.monotonic()
         if not ray.is_initialized():
-            _connect(self.config, self.name)
+            connect(self.config, self.name)
             self._ours = True
         self.timings["connect"] = time.monotonic() - started
         try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = living_nodes()
             self.ranks, self.cpus, self.gpus = shares(self.config, nodes)
             self.workers = self.config.workers or room(nodes, self.cpus, self.gpus) // self.ranks
         except BaseException:
@@ -121,12 +105,12 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """
         parcel = self._send(bench)
         started, used = time.time(), time.process_time()
-        search = _Search(source, bench, heard)
-        callbacks: list[Any] = [_Deaths(search), _Room(parcel.ranks, parcel.cpus, parcel.gpus)]
+        search = Search(source, bench, heard)
+        callbacks: list[Any] = [Deaths(search), Room(parcel.ranks, parcel.cpus, parcel.gpus)]
         if bench.logs is not None:
-            callbacks.append(_Board(bench.logs))
+            callbacks.append(Board(bench.logs))
         trainable = tune.with_resources(
-            _trainable(parcel),
+            trainable_of(parcel),
             tune.PlacementGroupFactory([resources(parcel.cpus, parcel.gpus)])
             if parcel.ranks == 1
             else tune.PlacementGroupFactory([{"memory": 1}]),  # a byte; Tune wants something
@@ -147,10 +131,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 reuse_actors=True,
                 max_failures=TRIES - 1,
                 raise_on_failed_trial=False,
-                stop=_Stop(search),
+                stop=Stop(search),
                 callbacks=callbacks,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
+                trial_name_creator=name_of,
+                trial_dirname_creator=name_of,
                 verbose=0,
             )
         if search.error is not None:
@@ -164,173 +148,13 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             self.timings["send"] = time.monotonic() - started
         return self._parcel[1]
 
-    def _note(self, search: "_Search", started: float, used: float) -> None:
+    def _note(self, search: Search, started: float, used: float) -> None:
         times = self.timings
         if search.first is not None and "first" not in times:
             times["first"] = search.first[0] - started
             times["load"] = search.first[1]
         times["driver"] = times.get("driver", 0.0) + used
         times["trainings"] = times.get("trainings", 0) + search.told
-
-
-def room(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
-    """How many processes with so many CPUs and GPUs fit into nodes with such resources."""
-    return sum(
-        min(
-            int(node.get("CPU", 0) // cpus),
-            int(node.get("GPU", 0) / gpus + 1e-9) if gpus else 2**31,
-        )
-        for node in nodes
-    )
-
-
-def shares(config: StudyConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[int, int, float]:
-    """(ranks, CPUs of each, GPUs of each) of a training.
-
-    cpus-per-trial and gpus-per-trial are shared out among the ranks. Each gets whole CPUs, and at
-    least one: 3 ranks with 2 CPUs take 3.
-
-    Raises InputError where the nodes have no room for one.
-    """
-    most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
-    ranks = config.ranks or max(1, int(config.gpus_per_trial or 1))
-    together = config.gpus_per_trial or float(ranks if most["GPU"] else 0)
-    if config.device == "cpu":
-        together = 0.0
-    cpus, gpus = max(1, (config.cpus_per_trial or 1) // ranks), together / ranks
-    if gpus > 1 and gpus != int(gpus):
-        raise InputError(
-            f"gpus-per-trial: expected whole GPUs, or a share of one, for each of {ranks} "
-            f"processes, got {together:g}"
-        )
-    if config.device.startswith("cuda") and not gpus:
-        raise InputError(f"device {config.device}: no node of the Ray cluster has a GPU")
-    if room(nodes, cpus, gpus) < ranks:
-        wanted = f"{cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        many = f" for each of its {ranks} processes" if ranks > 1 else ""
-        raise InputError(
-            f"the Ray cluster has no room for a training with {wanted}{many}: its largest node has "
-            f"{most['CPU']:g} CPUs and {most['GPU']:g} GPUs; lower --cpus-per-trial, "
-            "--gpus-per-trial or --ranks, or add nodes"
-        )
-    return ranks, cpus, gpus
-
-
-def _log_messages(data: Mapping[str, Any], **_: Any) -> None:
-    log.info("Ray: %s", " ".join(map(str, data.get("lines", ()))))
-
-
-def _connect(config: StudyConfig, name: str) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # else it prints on stdout of every worker that dies, which no option of Ray's turns off
-    ray._private.worker.print_to_stdstream = _log_messages  # type: ignore[assignment]
-    address = None if config.address == "local" else config.address
-    env = _worker_env(config)
-    options: dict[str, Any] = {
-        "namespace": f"adq-{name}",
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-    }
-    if address not in (None, "auto"):
-        reach(address)
-    try:
-        with _silence():
-            if address is None:  # workers get what this process has, and those kept ready serve
-                with _environment(env):
-                    ray.init("local", include_dashboard=False, **options)
-            else:
-                ray.init(address, runtime_env={"env_vars": env}, **options)
-    except AuthenticationError as error:
-        raise InputError(
-            f"address: the Ray cluster wants a token ({_one_line(error)[:120]})"
-        ) from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (Ray raises plain Exceptions, too)
-        with suppress(Exception):
-            ray.shutdown()
-        raise InputError(reason_of(address, error)) from None
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without what Ray's native code writes to stderr while it tries to connect."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-def reach(address: str | None) -> None:
-    """InputError where nothing listens: Ray itself tries for two minutes, then ends the process."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        raise InputError(f"address: expected auto or HOST:PORT of a Ray cluster, got {address!r}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"address {address}: no Ray cluster answers there ({error}); start one with 'ray start "
-            "--head', or leave out --address for this machine alone"
-        ) from None
-
-
-def reason_of(address: str | None, error: BaseException) -> str:
-    text = _one_line(error)
-    if address is None:
-        return f"Ray cannot be started on this machine: {text[:300]}"
-    if "Version mismatch" in text or "version mismatch" in text:
-        mine = f"Ray {importlib.metadata.version('ray')}, Python {platform.python_version()}"
-        return (
-            f"address {address}: the cluster's versions are others than here ({mine}): {text[:300]}"
-        )
-    if "find any running Ray instance" in text:
-        return (
-            f"address {address}: no Ray cluster runs on this machine; start one with 'ray start "
-            "--head', or give its HOST:PORT"
-        )
-    if "Failed to connect to Ray cluster" in text:
-        return (
-            f"address {address}: something answers there but does not let this process in; check "
-            "RAY_AUTH_MODE and RAY_AUTH_TOKEN, and that the port is the cluster's own (6379)"
-        )
-    return (
-        f"address {address}: cannot join the Ray cluster: {text[:300]}; this machine must be one "
-        "of its nodes, or use 'adq-search submit'"
-    )
-
-
-def _worker_env(config: StudyConfig) -> dict[str, str]:
-    """What workers find in their environment before they import torch."""
-    ranks = config.ranks or max(1, int(config.gpus_per_trial or 1))
-    wanted = {
-        "OMP_NUM_THREADS": str(max(1, (config.cpus_per_trial or 1) // ranks)),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin cost a factor of ten on shared cores
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # no GPUs are seen by those who asked for none
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
-    }
-    job = json.loads(os.environ.get(JOB_ENV, "{}")).get("runtime_env") or {}
-    given = job.get("env_vars") or {}  # Ray refuses to have one given twice
-    return {name: value for name, value in wanted.items() if name not in given}
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -343,7 +167,7 @@ def _quiet_tune() -> Iterator[None]:
     for logger in loggers.values():
         logger.setLevel(logging.CRITICAL)
     try:
-        with _environment(TUNE_ENV):
+        with environment(TUNE_ENV):
             yield
     finally:
         for name, logger in loggers.items():
@@ -376,268 +200,13 @@ def _killed() -> Iterator[None]:
 
 
 @contextmanager
-def _lost(search: "_Search") -> Iterator[None]:
+def _lost(search: Search) -> Iterator[None]:
     """Ray's own errors in one line, after what the source or a training had to say."""
     try:
         yield
     except (RayError, TuneError) as error:
         if search.error is None:
             raise InputError(
-                f"the Ray cluster was lost: {_one_line(error)[:300]}; look at its nodes with "
+                f"the Ray cluster was lost: {message_of(error)[:300]}; look at its nodes with "
                 "'adq-search doctor --address', and start the study again: it goes on"
             ) from error
-
-
-def _trainable(parcel: Parcel) -> Callable[[dict[str, Any]], None]:
-    """What Tune runs on a worker: one training, its record in the last report."""
-
-    def train(config: dict[str, Any]) -> None:
-        _train(config, parcel)
-
-    return train
-
-
-def _train(config: dict[str, Any], parcel: Parcel) -> None:
-    started = time.time()
-    job = _job(config)
-    try:
-        bench = unpack(parcel)
-        opened = time.time()
-        attempt = partial(train_together, parcel, job) if parcel.ranks > 1 else None
-        record = run_job(bench, job, _report, attempt)
-    except InputError as error:
-        tune.report({MISFIT: str(error)})
-        return
-    tune.report(
-        _metrics(record)
-        | {RECORD: json.dumps(record.to_json()), "started": started, "load": opened - started}
-    )
-
-
-def _report(epoch: int, loss: float) -> None:
-    tune.report({"epoch": epoch, "loss": loss})
-
-
-def _metrics(record: Record) -> dict[str, Any]:
-    """What TensorBoard shows of a record."""
-    found: dict[str, Any] = {"epoch": record.epochs, "seconds": record.seconds}
-    if record.train_losses:
-        found["loss"] = record.train_losses[-1]
-    for split in ("validation", "test"):
-        if (evaluation := getattr(record, split)) is not None:
-            found[split] = {"loss": evaluation.loss, "metric": evaluation.metric}
-    return found | {"costs": {k: v for k, v in asdict(record.costs).items() if v is not None}}
-
-
-def _config(job: Job) -> dict[str, Any]:
-    """The job as Tune's hyperparameters."""
-    values = asdict(replace(job, bits=BitVector({}))) | {"bits": job.bits.to_json()}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _job(config: dict[str, Any]) -> Job:
-    return Job(**config | {"bits": BitVector.from_json(config["bits"])})
-
-
-def _name(trial: Any) -> str:
-    return _job(trial.config).name
-
-
-class _Driver:
-    """Tune pickles what it is given with its state; nothing ever reads that."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (object, ())
-
-
-class _Search(_Driver, Searcher):
-    """Asks the source and tells it. An error of either ends the run."""
-
-    def __init__(self, source: Source, bench: Bench, heard: Callable[[Record], None]) -> None:
-        super().__init__()
-        self._source, self._bench, self._heard = source, bench, heard
-        self._jobs: dict[str, Job] = {}
-        self._next_ask = 0.0
-        self.error: Exception | None = None
-        self.first: tuple[float, float] | None = None
-        self.told = 0
-
-    def suggest(self, trial_id: str) -> Any:
-        if self.error is not None:
-            return self.FINISHED
-        if time.monotonic() < self._next_ask:
-            return None
-        with self._noted():
-            job = self._source.ask()
-            if job is not None:
-                self._jobs[trial_id] = job
-                return _config(job)
-            if self._source.done:
-                return self.FINISHED
-        self._next_ask = time.monotonic() + ASK_S
-        return None
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        if error or self.error is not None:
-            return  # `fail` gets it, with its reason
-        with self._noted():
-            found = result or {}
-            if MISFIT in found:
-                raise InputError(found[MISFIT])
-            if self.first is None:
-                self.first = found["started"], found["load"]
-            self._tell(trial_id, Record.from_json(json.loads(found[RECORD])))
-
-    def fail(self, trial_id: str, reason: str, seconds: float) -> None:
-        """Tell that the training was given up, so long after it first began."""
-        with self._noted():
-            job = self._jobs[trial_id]
-            text = f"given up after {TRIES} deaths of its process: {reason}"
-            problem = self._bench.problem
-            record = failed_record(problem, job.bits, job.id, job.epochs, text, seconds)
-            self._tell(trial_id, record)
-
-    def _tell(self, trial_id: str, record: Record) -> None:
-        job = self._jobs.pop(trial_id)
-        record = hand_in(self._source, self._bench, job, record)
-        self.told += 1
-        self._next_ask = 0.0
-        self._heard(record)
-
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 (Tune would take it for the trial's)
-            self.error = error
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study's own storage knows it all."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Never called, since nothing is saved."""
-
-
-class _Stop(_Driver, tune.Stopper):
-    def __init__(self, search: _Search) -> None:
-        self._search = search
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._search.error is not None
-
-
-class _Deaths(_Driver, tune.Callback):
-    """Hears of trials that Tune gives up, and why; counts deaths anew after each epoch done.
-
-    An epoch done over again does not count, else a training that keeps no checkpoints could die
-    for ever.
-    """
-
-    def __init__(self, search: _Search) -> None:
-        self._search = search
-        self._epochs: dict[str, int] = {}
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        epoch = result.get("epoch", 0)
-        if epoch > self._epochs.get(trial.trial_id, 0):
-            self._epochs[trial.trial_id] = epoch
-            trial.run_metadata.num_failures = 0
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        path = trial.error_file
-        text = Path(path).read_text() if path and os.path.exists(path) else ""
-        started = trial.run_metadata.start_time
-        seconds = 0.0 if started is None else time.time() - started
-        self._search.fail(trial.trial_id, _death(text), seconds)
-
-
-class _Room(_Driver, tune.Callback):
-    """Says when the living nodes have had no room for a training for a minute."""
-
-    def __init__(self, ranks: int, cpus: int, gpus: float) -> None:
-        self._needs = ranks, cpus, gpus
-        self._next_look, self._since, self._told = 0.0, 0.0, False
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_S
-        ranks, cpus, gpus = self._needs
-        with suppress(RayError):
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            if room(nodes, cpus, gpus) >= ranks:
-                self._since, self._told = 0.0, False
-                return
-            self._since = self._since or now
-            if now - self._since >= FULL_S and not self._told:
-                self._told = True
-                log.warning(
-                    "the Ray cluster has had no room for a training for a minute: its %d living "
-                    "nodes are too small; the study goes on when nodes are added",
-                    len(nodes),
-                )
-
-
-def _death(text: str) -> str:
-    """The last of Tune's reports of failures, in one line; what to do where memory ran out."""
-    last = text.rpartition("Failure # ")[2].partition("\n")[2]
-    if _NO_MEMORY.search(last.partition("Some common causes")[0]):
-        found = _MEMORY.search(last)
-        where = "" if found is None else " ({}: {} of {} used)".format(*found.groups())
-        return (
-            f"out of memory: Ray ended it, as its node's ran out{where}; run fewer at a time "
-            "there (--cpus-per-trial, --workers), or load less data or smaller batches"
-        )
-    for mark in ("Worker exit detail:", "The actor died because", "Error:"):
-        if mark in last:
-            last = last.rpartition(mark)[2]
-            break
-    known, causes, _ = last.partition("Some common causes")
-    hint = " (if 'dmesg' on its node says 'oom-kill', memory ran out: run fewer at a time there)"
-    return (" ".join(known.split())[:200] or "unknown") + (hint if causes else "")
-
-
-class _Board(_Driver, TBXLoggerCallback):
-    """TensorBoard's event files, straight in the study's folder; what cannot be written is let
-    go of, since no result depends on it."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder, self._told = folder, False
-
-    def log_trial_start(self, trial: Any) -> None:
-        with self._optional():
-            if trial in self._trial_writer:
-                self._trial_writer[trial].close()
-            writer = self._summary_writer_cls(str(self._folder / _name(trial)), flush_secs=30)
-            self._trial_writer[trial], self._trial_result[trial] = writer, {}
-
-    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        if trial in self._trial_writer:
-            with self._optional():
-                super().log_trial_result(iteration, trial, result)
-
-    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-        with self._optional():
-            super().log_trial_end(trial, failed)
-
-    @contextmanager
-    def _optional(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._told:
-                log.warning("no records for TensorBoard: %s", error)
-            self._told = True
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

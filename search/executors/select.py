@@ -7,6 +7,7 @@ import torch
 from adq.quant.errors import InputError
 from adq.search.config import StudyConfig, make_config
 from adq.search.executors.local import LocalExecutor
+from adq.search.executors.shares import ranks_of
 from adq.search.jobs import Executor
 
 
@@ -48,5 +49,4 @@ def settled(config: StudyConfig, executor: Executor) -> StudyConfig:
     # workers some always meet one (studies/benchmarks/scaling)
     workers = executor.workers
     window = config.window or (1 if workers == 1 else (2 if workers <= 64 else 3) * workers)
-    ranks = config.ranks or max(1, int(config.gpus_per_trial or 1))
-    return make_config(vars(config), {"window": window, "ranks": ranks})
+    return make_config(vars(config), {"window": window, "ranks": ranks_of(config)})

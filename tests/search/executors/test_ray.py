@@ -1,12 +1,8 @@
 """Trainings by Ray Tune on a real Ray of this machine: what comes of them, whatever dies."""
 
-import functools
-import logging
 import os
-import re
 import shutil
 import signal
-import socket
 import struct
 import sys
 import tempfile
@@ -25,7 +21,6 @@ from jobs_to_do import JobsToDo
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError
 from ray.tune.error import TuneError
-from ray.tune.experiment import Trial
 from ray_cluster import wait_until
 from torch import Tensor
 from trainings import bench_of, jobs_of, results
@@ -35,16 +30,7 @@ from adq.search.candidate import Record
 from adq.search.config import StudyConfig
 from adq.search.executors.local import LocalExecutor
 from adq.search.executors.parcel import pack, unpack
-from adq.search.executors.ray import (
-    RayExecutor,
-    _death,
-    _Deaths,
-    _killed,
-    _Room,
-    _Search,
-    room,
-    shares,
-)
+from adq.search.executors.ray import RayExecutor, _killed
 from adq.search.executors.served import serve
 from adq.search.jobs import TRIES, Bench, Job
 
@@ -63,11 +49,6 @@ def executor() -> Iterator[RayExecutor]:
         config = StudyConfig(task="python", budget_bits=4.0, device="cpu", workers=2)
         with RayExecutor(config, "test") as executor:
             yield executor
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Bench:
-    return bench_of(tmp_path, watched_task.make_task(tmp_path))
 
 
 def run_here(bench: Bench, jobs: list[Job]) -> dict[str, Record]:
@@ -274,89 +255,6 @@ def alive(pid: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, (1, 1, 1.0)),
-        ({"device": "cpu"}, (1, 1, 0.0)),
-        ({"cpus_per_trial": 4, "gpus_per_trial": 0.5}, (1, 4, 0.5)),
-        ({"gpus_per_trial": 2}, (2, 1, 1.0)),
-        ({"gpus_per_trial": 2, "ranks": 1}, (1, 1, 2.0)),
-        ({"gpus_per_trial": 1, "ranks": 2, "cpus_per_trial": 6}, (2, 3, 0.5)),
-        ({"ranks": 4, "device": "cpu"}, (4, 1, 0.0)),
-        ({"ranks": 3, "cpus_per_trial": 2, "device": "cpu"}, (3, 1, 0.0)),
-    ],
-)
-def test_shares_of_a_training(options: dict[str, Any], expected: tuple[int, int, float]) -> None:
-    config = StudyConfig(task="python", budget_bits=4.0, **options)
-    assert shares(config, [{"CPU": 8, "GPU": 2}, {"CPU": 2}]) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"cpus_per_trial": 9}, "no room for a training with 9 CPUs: its largest node has 8 CPUs"),
-        ({"gpus_per_trial": 2}, "no room .* 1 CPUs and 1 GPUs for each of its 2 processes"),
-        ({"ranks": 11}, "for each of its 11 processes"),
-        ({"device": "cuda"}, "^device cuda: no node of the Ray cluster has a GPU$"),
-        ({"gpus_per_trial": 3, "ranks": 2}, "expected whole GPUs, or a share of one"),
-    ],
-)
-def test_what_no_node_has_is_said_at_once(options: dict[str, Any], message: str) -> None:
-    config = StudyConfig(task="python", budget_bits=4.0, **options)
-    with pytest.raises(InputError, match=message):
-        shares(config, [{"CPU": 8.0}, {"CPU": 2.0}])
-
-
-def test_room_counts_what_fits_into_each_node_alone() -> None:
-    nodes = [{"CPU": 3.0, "GPU": 2.0}, {"CPU": 3.0}, {"memory": 1e9}]
-    assert room(nodes, 2, 0.0) == 2
-    assert room(nodes, 1, 0.0) == 6
-    assert room(nodes, 1, 1.0) == 2
-    assert room(nodes, 1, 0.1) == 3  # by its CPUs; 2 GPUs would do for 20
-    assert room([{"CPU": 100.0, "GPU": 0.3}], 1, 0.1) == 3
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("here", "expected auto or HOST:PORT of a Ray cluster, got 'here'"),
-        ("ray://127.0.0.1:10001", "expected auto or HOST:PORT"),
-        ("127.0.0.1:{free}", "no Ray cluster answers there .*Connection refused"),
-        ("auto", "no Ray cluster runs on this machine"),
-    ],
-)
-def test_a_cluster_that_is_not_there_is_said_in_one_line(
-    address: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("adq.search.executors.ray.ray.is_initialized", lambda: False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(set))
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config = StudyConfig(
-            task="python",
-            budget_bits=4.0,
-            address=address.format(free=free.getsockname()[1]),
-        )
-        with pytest.raises(InputError, match=message), RayExecutor(config):
-            pass
-
-
-def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(*given: Any, **options: Any) -> None:  # as ray/_private/node.py does
-        raise Exception("The current node timed out during startup.\n\nIt is slow.")
-
-    monkeypatch.setattr("adq.search.executors.ray.ray.is_initialized", lambda: False)
-    monkeypatch.setattr("adq.search.executors.ray.ray.init", late)
-    config = StudyConfig(task="python", budget_bits=4.0)
-    with pytest.raises(
-        InputError, match=r"^Ray cannot be started on this machine: .*startup\. It is slow\.$"
-    ):
-        RayExecutor(config).__enter__()
-
-
 @pytest.mark.parametrize("kind", [RayError, TuneError])
 def test_a_cluster_that_is_lost_is_said_in_one_line(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch, watched: Bench
@@ -370,56 +268,6 @@ def test_a_cluster_that_is_lost_is_said_in_one_line(
     monkeypatch.setattr("adq.search.executors.ray.tune.run", run)
     with pytest.raises(InputError, match=r"^the Ray cluster was lost: the head is gone; look at"):
         executor.run(JobsToDo([]), watched, lambda _: None)
-
-
-def a_trial(folder: Path) -> Any:
-    trial: Any = Trial("train", stub=True, max_failures=TRIES - 1)
-    trial.storage = types.SimpleNamespace(trial_driver_staging_path=str(folder))
-    trial.set_status(Trial.RUNNING)
-    return trial
-
-
-def deaths_until_given_up(trial: Any, deaths: _Deaths, epochs: list[int]) -> int:
-    """How many deaths it takes, where each follows the end of the next of these epochs."""
-    for count, epoch in enumerate(epochs, 1):
-        if epoch:
-            deaths.on_trial_result(0, [], trial, {"epoch": epoch})
-        trial.handle_error(TuneError("a node is gone"))
-        if not trial.should_recover():
-            return count
-    return 0
-
-
-@pytest.mark.parametrize(
-    ("epochs", "expected"),
-    [
-        ([0, 0, 0], TRIES),
-        ([1, 2, 3, 4, 5, 6], 0),
-        ([1, 2, 0, 3, 0, 0], 6),
-        ([2, 2, 1, 2], TRIES),  # without a checkpoint, it begins again and comes no further
-    ],
-)
-def test_deaths_are_counted_anew_when_a_training_came_further(
-    epochs: list[int], expected: int, watched: Bench, tmp_path: Path
-) -> None:
-    deaths = _Deaths(_Search(JobsToDo([]), watched, lambda _: None))
-    assert deaths_until_given_up(a_trial(tmp_path), deaths, epochs) == expected
-
-
-def test_a_training_that_is_given_up_tells_for_how_long_it_was_tried(
-    watched: Bench, tmp_path: Path
-) -> None:
-    source = JobsToDo(jobs_of(watched, 1, epochs=1))
-    search = _Search(source, watched, lambda _: None)
-    trial = a_trial(tmp_path)
-    assert search.suggest(trial.trial_id)
-    trial.run_metadata.start_time -= 100
-    trial.handle_error(TuneError("a node is gone"))
-    _Deaths(search).on_trial_error(0, [], trial)
-    assert search.error is None
-    record = source.records["0000-0"]
-    assert record.error == f"given up after {TRIES} deaths of its process: a node is gone"
-    assert record.seconds == pytest.approx(100, abs=20)
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("low on memory"), ActorDiedError()])
@@ -439,61 +287,3 @@ def test_a_training_that_ray_kills_is_one_death_and_not_the_end_of_the_run(
     (death,) = heard
     assert isinstance(death, RayActorError)
     assert str(error) in str(death)
-
-
-RAY_KILLS = """Failure # 1 (occurred at 2026-01-01_00-00-00)
-The actor died unexpectedly before finishing this task. Worker unexpectedly exits.
-Failure # 2 (occurred at 2026-01-01_00-00-01)
-1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, \
-ID: 1c69) was 22.67GB used / 23.54GB limit (0.96)
-OOM kill reason: Memory usage 1704964096B exceeded threshold of 252760624B (1.0% of 25276063744B)
-Top 10 memory users: PID	MEM(GB)	COMMAND
-"""
-KERNEL_KILLS = """Failure # 3 (occurred at 2026-01-01_00-00-00)
-The actor died unexpectedly before finishing this task.
-The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit \
-detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common causes \
-include: (1) the process was killed by the OOM killer due to high memory usage, (2) ...
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (RAY_KILLS, r"^out of memory: .*\(192\.0\.2\.2: 22\.67GB of 23\.54GB used\); run fewer"),
-        (KERNEL_KILLS, r"^Worker unexpectedly exits .*End of file\. \(if 'dmesg' on its node says"),
-        ("Failure # 1 (occurred at now)\nKeyError: 'weights'\n", r"^'weights'$"),
-        ("", "^unknown$"),
-    ],
-)
-def test_a_death_is_told_in_one_line(text: str, expected: str) -> None:
-    """Texts as Ray 2.60 writes them."""
-    told = _death(text)
-    assert re.search(expected, told)
-    assert "\n" not in told
-
-
-def test_a_cluster_without_room_is_told_once_after_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now, nodes = [1000.0], [{"Alive": True, "Resources": {"CPU": 1.0}}]
-    monkeypatch.setattr("adq.search.executors.ray.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("adq.search.executors.ray.ray.nodes", lambda: nodes)
-    full = _Room(2, 1, 0.0)
-
-    def told_in(seconds: int) -> list[str]:
-        caplog.clear()
-        for _ in range(seconds):
-            now[0] += 1
-            full.on_step_end(0, [])
-        return [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
-
-    assert told_in(50) == []
-    nodes.append({"Alive": True, "Resources": {"CPU": 1.0}})
-    assert told_in(100) == []
-    nodes[1]["Alive"] = False
-    assert told_in(50) == []
-    (line,) = told_in(200)
-    assert line.startswith("the Ray cluster has had no room for a training for a minute: its 1 ")
-    nodes[1]["Alive"] = True
-    assert told_in(100) == []
