@@ -1,8 +1,9 @@
 """What this package asks of data: batches of inputs and targets, and a seeded random state."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,36 @@ Batch = tuple[Any, Any]
 
 Batches = Iterable[Batch]
 """Something that can be iterated again and again: a DataLoader, a list of batches."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`batches` whose inputs `prepare` makes ready for the model, on whatever device they are.
+
+    Training and evaluation bring a batch to the model's device first: what travels are bytes, say,
+    and what makes them numbers around zero is computed there. Ranks load and prepare their share.
+    """
+
+    batches: Batches
+    prepare: Callable[[Any], Any]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self.batches:
+            yield self.prepare(inputs), targets
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def loaded(batches: Batches) -> Batches:
+    """The batches as they are loaded, for `ready` to prepare."""
+    return batches.batches if isinstance(batches, Prepared) else batches
+
+
+def ready(batch: Batch, batches: Batches, device: torch.device) -> Batch:
+    """A batch of `loaded(batches)` as the model wants it, on its device."""
+    inputs, targets = to_device(batch, device)
+    return (batches.prepare(inputs) if isinstance(batches, Prepared) else inputs), targets
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adq.quant.batches import Batch, Batches, batch_size, device_of, evaluating, forward, to_device
+from adq.quant.batches import (
+    Batch,
+    Batches,
+    batch_size,
+    device_of,
+    evaluating,
+    forward,
+    loaded,
+    ready,
+)
 from adq.quant.errors import InputError, NonFiniteLossError
 from adq.quant.parallel import group_of
 from adq.quant.qat import Loss
@@ -46,13 +55,14 @@ def evaluate(
     Raises NonFiniteLossError on a nan or infinite loss, InputError when there is no sample or the
     metric gives anything but one value per sample.
     """
-    group = group_of(parallel, device_of(model))
+    device = device_of(model)
+    group = group_of(parallel, device)
 
     def own() -> list[tuple[int, float, Tensor]]:
         with evaluating(model):
             return [
-                (number, *_results(model, batch, loss, metric))
-                for number, batch in group.deal(batches)
+                (number, *_results(model, ready(batch, batches, device), loss, metric))
+                for number, batch in group.deal(loaded(batches))
             ]
 
     found = sorted(chain(*group.gather(own)), key=itemgetter(0))
@@ -73,7 +83,7 @@ def evaluate(
 
 def _results(model: nn.Module, batch: Batch, loss: Loss, metric: Metric) -> tuple[float, Tensor]:
     """The sum of the loss over the batch's samples and their metric, float64."""
-    inputs, targets = to_device(batch, device_of(model))
+    inputs, targets = batch
     outputs = forward(model, inputs)
     n = batch_size(batch)
     per_sample = metric(outputs, targets)

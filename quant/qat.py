@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adq.quant.average import WeightAverage
 from adq.quant.batches import (
     Batch,
     Batches,
@@ -18,11 +19,12 @@ from adq.quant.batches import (
     device_of,
     evaluating,
     forward,
+    loaded,
     parts_of,
     random_state,
+    ready,
     seeded,
     set_random_state,
-    to_device,
 )
 from adq.quant.batchnorm import BatchNormOverRanks
 from adq.quant.checkpoint import epochs_before, read_state, write_state
@@ -38,7 +40,7 @@ from adq.quant.scheme import OPTIMIZERS, Amp, Optimizer
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> mean loss of the batch, a scalar."""
 
-CHECKPOINT = "adq-training/2"
+CHECKPOINT = "adq-training/3"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class TrainingConfig:
                      arXiv 2203.11086, eq. 6); 0 is off
     freeze_above     frequency from which oscillating weights are frozen, see `oscillation`; the
                      paper's are 0.01 to 0.1; off if not given
+    weights_average  decay of the moving average of the weights that the training ends with, see
+                     `average`; off if not given
     checkpoint_every steps between checkpoints, beside those at the end of each epoch; 0 for none
     parts            into which each batch is cut to save memory: one optimizer step from the sum of
                      their gradients, weighted by samples, which is the batch's but for BatchNorm,
@@ -81,6 +85,7 @@ class TrainingConfig:
     codebook_freeze: float = 0.25
     dampening: float = 0.0
     freeze_above: float | None = None
+    weights_average: float | None = None
     checkpoint_every: int = 0
     parts: int = 1
 
@@ -106,6 +111,7 @@ class TrainingConfig:
             "momentum",
             "codebook_freeze",
             "codebook_decay",
+            "weights_average",
         )
         for name in shares:
             value = getattr(self, name)
@@ -208,6 +214,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.flat = _flat(model, config)
         self.flips = None if self.flat is None else Flips(self.flat, config.freeze_above)
+        decay = config.weights_average
+        self.average = None if decay is None else WeightAverage(model, decay)
         self.epochs: list[Epoch] = []
         self.step = 0  # over all epochs
         self.batch = 0  # in this epoch
@@ -226,7 +234,7 @@ class _Run:
             with seeded(self.seed * 10_007 + epoch):
                 for batch, counts in self._rest_of_epoch(random):
                     with self.group.stream(self.seed, epoch, self.batch):
-                        self._train_on(to_device(batch, self.device), counts)
+                        self._train_on(ready(batch, self.batches, self.device), counts)
                     every = self.config.checkpoint_every
                     if every and self.step % every == 0:
                         self._save()
@@ -240,6 +248,8 @@ class _Run:
             self._save()
             if on_epoch is not None:
                 on_epoch(epoch, self.epochs[-1].loss)
+        if self.average is not None:
+            self.average.apply_()
         self.model.eval()
         return self.epochs
 
@@ -248,7 +258,7 @@ class _Run:
 
         Those seen are drawn again and dropped, and the random state is set to what it was then.
         """
-        batches = self.group.shares(self.batches)
+        batches = self.group.shares(loaded(self.batches))
         for _ in range(self.batch):
             next(batches, None)
         if random is not None and not self.group.distributed:
@@ -282,6 +292,8 @@ class _Run:
         self.scaler.update()
         if self.flips is not None:
             self.flips.hold_()
+        if self.average is not None:
+            self.average.update()
         self._add("loss", number * sum(counts))
         self._add("samples", sum(counts))
         self.step += 1
@@ -376,6 +388,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flips": {} if self.flips is None else self.flips.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "step": self.step,
             "batch": self.batch,
@@ -411,6 +424,8 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
         if self.flips is not None:
             self.flips.load_state_dict(state["flips"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.step, self.batch, self.sums = state["step"], state["batch"], state["sums"]
         random: dict[str, Any] = state["random"]

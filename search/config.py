@@ -77,7 +77,10 @@ class StudyConfig:
     """Every option of a study. A field `a_b` is the option `--a-b` and the TOML key `a-b`."""
 
     task: str = _option(
-        "digits", "text", "digits, imagefolder:PATH, cifar10:PATH, or mymodule:make_task"
+        "digits",
+        "text",
+        "digits, imagefolder:PATH, webdataset:PATH, cifar10:PATH, or mymodule:make_task; a path may "
+        "have options behind it, like photos,size=160,batch=256,workers=8",
     )
     model: str | None = _option(None, "text", "a torchvision model's name, for image tasks")
     weights: str | None = _option(
@@ -163,6 +166,11 @@ class StudyConfig:
         "number",
         "freeze weights that change level back and forth more often a step, 0.01 say; codebooks "
         "then stay still",
+    )
+    weights_average: float | None = _option(
+        None,
+        "share",
+        "decay of a moving average of the weights, 0.9999 say, which fine-tuning then ends with",
     )
     batchnorm: str = _option(
         "reestimate", "text", "reestimate or keep its statistics after fine-tuning"
@@ -315,6 +323,7 @@ class StudyConfig:
             codebook_decay=None if self.freeze_above else TrainingConfig.codebook_decay,
             dampening=self.dampening or 0.0,
             freeze_above=self.freeze_above,
+            weights_average=self.weights_average,
         )
 
     def to_toml(self) -> str:

@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from adq.quant.batches import Batches
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Metric, accuracy
 from adq.quant.qat import Loss
+from adq.search.tasks.place import IMAGE_TASKS
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,16 @@ class Task:
     data_key: str = ""
 
 
-BUILT_IN = ("digits", "imagefolder:PATH", "cifar10:PATH")
+BUILT_IN = ("digits", "imagefolder:PATH", "webdataset:PATH", "cifar10:PATH")
 
 
 def load_task(spec: str, model: str | None = None) -> Task:
     """The task that a text names.
 
-    `digits`, `imagefolder:PATH`, `cifar10:PATH`, or `module:function`, where the function takes
-    no argument (or the model's name, if one is given) and returns a Task. Modules are looked up
-    among the installed packages first, then in the current folder.
+    `digits`, `imagefolder:PATH`, `webdataset:PATH`, `cifar10:PATH` (see `tasks.images`, also for
+    the options behind a path), or `module:function`, where the function takes no argument (or the
+    model's name, if one is given) and returns a Task. Modules are looked up among the installed
+    packages first, then in the current folder.
 
     Raises InputError for an unknown task, and for one whose own code fails.
     """
@@ -66,13 +67,17 @@ def load_task(spec: str, model: str | None = None) -> Task:
         if model is not None:
             raise InputError(f"task digits brings its own model: leave out --model {model}")
         return digits()
-    if name in ("imagefolder", "cifar10"):
+    if name in IMAGE_TASKS:
         from adq.search.tasks import images
 
         if not rest:
             raise InputError(f"task {name} needs a folder: --task {name}:PATH")
-        make = images.image_folder if name == "imagefolder" else images.cifar10
-        return make(Path(rest), model)
+        make = {
+            "imagefolder": images.image_folder,
+            "webdataset": images.web_dataset,
+            "cifar10": images.cifar10,
+        }[name]
+        return make(rest, model)
     if not name or not rest:
         raise InputError(
             f"unknown task {spec!r}; known are {', '.join(BUILT_IN)}, or mymodule:make_task for "

@@ -20,6 +20,7 @@ from adq.quant.errors import InputError
 from adq.search.config import EXECUTION, OPTIONS, StudyConfig, make_config
 from adq.search.executors.job_server import Job, JobServer
 from adq.search.executors.package import write_package
+from adq.search.tasks.place import IMAGE_TASKS, split_options
 
 REMOTE_OUT = "~/adq-runs"
 STUDY, OUT, VERSION = "adq_study", "adq_out", "adq_version"
@@ -230,10 +231,11 @@ def _named_files(config: StudyConfig, folder: Path) -> dict[str, tuple[str, Path
         found["weights"] = _inside(folder, config.weights, "weights")
     if config.latency is not None and config.latency.endswith(".json"):
         found["latency"] = _inside(folder, config.latency, "latency")
-    kind, _, place = config.task.partition(":")
-    if kind in ("imagefolder", "cifar10") and place and not Path(place).is_absolute():
+    kind, _, rest = config.task.partition(":")
+    place, _ = split_options(rest)
+    if kind in IMAGE_TASKS and place and not Path(place).is_absolute():
         text, path = _inside(folder, place, f"task {kind}")
-        found["task"] = f"{kind}:{text}", path
+        found["task"] = f"{kind}:{text}{rest[len(place) :]}", path
     return found
 
 

@@ -60,6 +60,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
         (torch.float64, {}, {}),
         (torch.float64, {"optimizer": "sgd", "codebook_freeze": 0.5}, {"taught": True}),
         (torch.float64, {"dampening": 0.1, "freeze_above": 0.005}, {}),
+        (torch.float64, {"weights_average": 0.9}, {}),
         (torch.float64, {}, {"loader": True}),
         (torch.float64, {"parts": 2}, {"norms": False}),
         (torch.float64, {"parts": 3, "dampening": 0.1}, {"norms": False, "loader": True}),

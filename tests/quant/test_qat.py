@@ -267,6 +267,7 @@ def test_a_model_whose_parts_are_quantized_apart_is_refused() -> None:
         ({"lr": 0.0}, "lr and temperature: expected more than 0"),
         ({"temperature": 0.0}, "lr and temperature: expected more than 0"),
         ({"dampening": -1.0}, "dampening: 0 or more"),
+        ({"weights_average": 1.1}, "weights_average: expected 0 to 1"),
         ({"parts": 0}, "parts: expected 1 or more, got 0"),
         ({"amp": "fp8"}, "amp: expected bf16, fp16 or none, got 'fp8'"),
         ({"optimizer": "lamb"}, "optimizer: expected adamw or sgd, got 'lamb'"),
@@ -884,6 +885,11 @@ def test_so_does_one_whose_samples_are_augmented_at_random(
     resumed_at_every_step_ends_alike(tmp_path, Augmented(), config)
 
 
+def test_so_does_one_that_averages_its_weights(tmp_path: Path) -> None:
+    config = options(checkpoint_every=1, weights_average=0.9)
+    resumed_at_every_step_ends_alike(tmp_path, Augmented(), config)
+
+
 def test_the_runs_that_are_compared_do_freeze_and_flip(tmp_path: Path) -> None:
     loader = DataLoader(data(12), batch_size=4, shuffle=True)
     epochs = train_(quantized(), loader, noisy, options(), 3, checkpoint=tmp_path / "c")
@@ -961,6 +967,7 @@ def saved(tmp_path: Path) -> Path:
         {"amp": "bf16"},
         {"distillation": 0.4},
         {"freeze_above": None},
+        {"weights_average": 0.9},
         {"checkpoint_every": 2},
     ],
 )

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import datasets
 
-from adq.quant.batches import Batches
+from adq.quant.batches import Batches, Prepared
 from adq.quant.errors import InputError
 from adq.search.task import Task, load_task
 from adq.search.tasks import images
+from adq.search.tasks.pictures import View
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -52,6 +53,11 @@ def whole(batches: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
+def view(batches: Batches) -> View:
+    assert isinstance(batches, Prepared)
+    return batches.batches.dataset  # type: ignore[attr-defined, no-any-return]
+
+
 def sizes(task: Task) -> list[int]:
     return [len(whole(split)[1]) for split in (task.train, task.validation, task.test)]
 
@@ -70,7 +76,7 @@ def test_three_folders_are_the_three_splits(folder: Path) -> None:
         x, y = whole(split)
         assert x.shape[1:] == (3, 40, 40)
         red = x[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485  # ImageNet's deviation and mean, undone
-        np.testing.assert_allclose(red, (60 * y + 40) / 255, atol=0.02)  # JPEG's loss
+        np.testing.assert_allclose(red, (60 * y + 40) / 255, atol=0.02)  # JPEG's loss, bytes
 
 
 def test_classes_are_in_equal_shares_and_named_by_their_folders(folder: Path) -> None:
@@ -84,10 +90,19 @@ def test_a_single_held_out_folder_is_the_test_split(tmp_path: Path, split: str) 
     write_images(tmp_path / split, 2)
     task = load_task(f"imagefolder:{tmp_path}")
     assert sizes(task) == [27, 3, 6]
-    train, validation = task.train.dataset, task.validation.dataset  # type: ignore[attr-defined]
+    train, validation = view(task.train), view(task.validation)
     assert sorted([*train.indices, *validation.indices]) == list(range(30))
-    again = load_task(f"imagefolder:{tmp_path}").validation.dataset  # type: ignore[attr-defined]
-    assert again.indices == validation.indices
+    again = view(load_task(f"imagefolder:{tmp_path}").validation)
+    assert again.indices.tolist() == validation.indices.tolist()
+
+
+def test_no_more_is_set_aside_than_measures_well(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(images, "VALIDATION_MOST", 2)
+    write_images(tmp_path / "train", 10)
+    write_images(tmp_path / "test", 1)
+    assert sizes(load_task(f"imagefolder:{tmp_path}")) == [28, 2, 3]
 
 
 def test_held_out_images_are_never_augmented(tmp_path: Path) -> None:
@@ -99,9 +114,9 @@ def test_held_out_images_are_never_augmented(tmp_path: Path) -> None:
     task = load_task(f"imagefolder:{tmp_path}")
     for split in (task.validation, task.test):
         assert torch.equal(whole(split)[0], whole(split)[0])
-    train = task.train.dataset  # type: ignore[attr-defined]
-    noisy = next(i for i in range(27) if train[i][0].std() > 0.7)
-    assert not torch.equal(train[noisy][0], train[noisy][0])
+    train = view(task.train)
+    noisy = next(i for i in range(27) if train[i][0].float().std() > 40)
+    assert not torch.equal(train[noisy, 1][0], train[noisy, 2][0])
 
 
 def test_without_a_name_the_model_is_resnet18_for_the_folders_classes(folder: Path) -> None:

@@ -43,11 +43,11 @@ def refused(spec: str, model: str | None = None) -> str:
 def test_an_unknown_task_is_answered_with_the_known_ones(spec: str) -> None:
     text = refused(spec)
     assert f"unknown task {spec!r}" in text
-    for known in ("digits", "imagefolder:PATH", "cifar10:PATH", "mymodule:make_task"):
+    for known in ("digits", "imagefolder:PATH", "webdataset:PATH", "mymodule:make_task"):
         assert known in text
 
 
-@pytest.mark.parametrize("name", ["imagefolder", "cifar10"])
+@pytest.mark.parametrize("name", ["imagefolder", "webdataset", "cifar10"])
 def test_an_image_task_without_a_folder_is_refused(name: str) -> None:
     assert f"--task {name}:PATH" in refused(name)
     assert f"--task {name}:PATH" in refused(f"{name}:")

@@ -242,7 +242,13 @@ def resumed(folder: Path, at: int, every: int) -> Any:
     size = dist.get_world_size()
     loader = DataLoader(Recorded(), batch_size=7, shuffle=True)
     config = TrainingConfig(
-        2, lr=1e-2, weights_per_level=0, checkpoint_every=every, freeze_above=0.005, dampening=0.01
+        2,
+        lr=1e-2,
+        weights_per_level=0,
+        checkpoint_every=every,
+        freeze_above=0.005,
+        dampening=0.01,
+        weights_average=0.9,
     )
     runs = []
     path = folder / f"{size}-{at}-{every}"

@@ -170,6 +170,10 @@ def test_files_that_options_name_go_along_by_their_place_in_the_folder(
     assert found["weights"] == "w.safetensors"
     assert found["latency"] == "t4.json"
     assert found["task"] == "imagefolder:data"
+    values["task"] = "webdataset:project/data,size=64,workers=2"
+    assert options(new_study(values, Path("project"), None).command)["task"] == (
+        "webdataset:data,size=64,workers=2"
+    )
     count = write_package(sent.folder, sent.files, tmp_path / "p.zip")
     names = zipfile.ZipFile(tmp_path / "p.zip").namelist()
     assert names == [".gitignore", "data/train/a.png", "t4.json", "w.safetensors"]
