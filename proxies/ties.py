@@ -25,7 +25,7 @@ ADDITION = re.compile("add|sub|rsub")
 SCALING = re.compile("mul|div|neg")
 CARRYING = re.compile(
     ".*(batch|layer|group|rms)_norm.*|.*_pad(1d|2d|_nd)|clone|_to_copy|_unsafe_view"
-    "|roll|flip|pixel_(un)?shuffle|channel_shuffle"
+    "|roll|flip|repeat|pixel_(un)?shuffle|channel_shuffle|_?upsample_nearest.*"
 )
 ACTIVATION = re.compile(
     "relu|leaky_relu|_prelu_kernel|gelu|silu|mish|elu|celu|softplus|threshold|hardtanh|hardswish"
@@ -43,7 +43,8 @@ def trace_ties(
     One forward pass in eval mode follows each activation to the layer it comes from. Tied are
 
     additions       the layers that the two operands come from directly: through normalisation,
-                    reshaping, padding, and a constant that is added or multiplied
+                    reshaping, padding, copies (as in nearest upsampling, on the way down a feature
+                    pyramid), and a constant that is added or multiplied
     concatenations  the layers that the parts come from, through activation functions too, unless
                     they are joined along dimension 0
     projections     Linear layers of one parent module that read the very same tensor, as query,

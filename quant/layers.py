@@ -49,7 +49,8 @@ def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
     pass never reaches, and layers that share one weight tensor with another module (tied
     embeddings), are left out: they stay in FP32.
 
-    Raises InputError when fewer than three layers are found, since first and last are pinned.
+    Raises InputError when fewer than three layers are found, since first and last are pinned, and
+    when one is given its input by keyword, which hooks of its input do not see.
     """
     names = {module: name for name, module in model.named_modules()}
     owners: dict[int, int] = {}
@@ -60,6 +61,11 @@ def trace_layers(model: nn.Module, inputs: Any) -> tuple[LayerInfo, ...]:
     found: dict[str, LayerInfo] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not args:
+            raise InputError(
+                f"layer {names[module]!r} is called with its input by keyword: write "
+                "layer(x), not layer(input=x)"
+            )
         weight = module.weight
         assert isinstance(weight, Tensor)
         channels = rows_of(module).channels

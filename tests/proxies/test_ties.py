@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import detection
 
 from adq.proxies.ties import trace_ties
 from adq.quant.attention import expose_attention_
@@ -78,9 +79,13 @@ AB = (("a", "b"),)
         (lambda n, x: F.dropout(n.a(x), training=False) + F.group_norm(n.b(x), 2), AB),
         (lambda n, x: F.dropout(n.a(x), training=True) + n.b(x).roll(1, 3).flip(3), AB),
         (lambda n, x: n.a(x).chunk(2, 1)[0] + n.b(x)[:, 2:], AB),
+        (lambda n, x: F.interpolate(n.a(x), scale_factor=2) + n.b(F.pad(x, (3, 3, 3, 3))), AB),
+        (lambda n, x: F.interpolate(n.a(x), (6, 6), mode="nearest-exact") + n.b(x), AB),
+        (lambda n, x: n.a(x).repeat(1, 2, 1, 1) + n.b(x).repeat_interleave(2, 1), AB),
         # what ends the trail
         (lambda n, x: F.relu(n.a(x)) + n.b(x), ()),
         (lambda n, x: F.avg_pool2d(n.a(x), 2) + F.avg_pool2d(n.b(x), 2), ()),
+        (lambda n, x: F.interpolate(n.a(x), (6, 6), mode="bilinear") + n.b(x), ()),
         (lambda n, x: n.a(x).softmax(1) + n.b(x), ()),
         (lambda n, x: n.a(x) @ n.b(x) + n.c(x), ()),
         (lambda n, x: n.a(x) + n.a(x), ()),
@@ -289,6 +294,15 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_known_networks(name: str, expected: list[tuple[str, ...]]) -> None:
     model = getattr(torchvision.models, name)(weights=None)
     assert ties(model, torch.randn(2, 3, 64, 64)) == tuple(expected)
+
+
+def test_the_top_two_laterals_of_a_feature_pyramid_are_tied() -> None:
+    """The third one is added to a sum, which comes from no single layer."""
+    body = nn.Sequential(*[nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU()) for _ in range(3)])
+    levels = {str(i): str(i) for i in range(3)}
+    model = detection.backbone_utils.BackboneWithFPN(body, levels, [3, 3, 3], 8)
+    found = ties(model, torch.randn(2, 3, 32, 32))
+    assert found == (("fpn.inner_blocks.2.0", "fpn.inner_blocks.1.0"),)
 
 
 def test_a_vision_transformer_has_no_ties() -> None:

@@ -147,6 +147,16 @@ class TwoInputs(nn.Module):
         return self.c(self.a(x) + self.b(y))
 
 
+def test_a_layer_that_is_called_by_keyword_is_named() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[1](input=self[0](x)))
+
+    model = Net(*[nn.Linear(4, 4) for _ in range(3)])
+    with pytest.raises(InputError, match=r"layer '1' is called with its input by keyword"):
+        trace_layers(model, torch.randn(2, 4))
+
+
 def test_a_model_may_take_several_inputs() -> None:
     layers = trace_layers(TwoInputs(), (torch.zeros(2, 3), torch.zeros(2, 5)))
     assert [layer.macs for layer in layers] == [12, 20, 8]
