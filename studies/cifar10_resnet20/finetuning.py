@@ -25,7 +25,8 @@ from adq.quant.spec import BitVector
 
 BATCH = 128
 EPOCH = 352  # steps of 128 in 45,000 images
-LR = 1e-3
+LR = 3e-4
+"""Better than 1e-3 for three bits everywhere, on validation: 93.18 % against 92.54 %."""
 CALIBRATION = 1024
 AMP = "bf16"
 

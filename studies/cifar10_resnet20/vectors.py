@@ -1,11 +1,12 @@
 """The bit vectors that are compared: uniform, by a Hessian's trace, and searched."""
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from finetuning import AMP, BATCH, CALIBRATION, LR, network
+from finetuning import AMP, BATCH, CALIBRATION, network
 from grounds import cifar10
 from grounds.data import Batches, in_order
 from torch import nn
@@ -23,7 +24,8 @@ from adq.quant.spec import BitVector
 from adq.search.folder import TRIALS, open_study
 from adq.search.knapsack import solve, topped_up
 
-BUILD = Path(__file__).parent / "build"
+HERE = Path(__file__).parent
+BUILD, KEPT = HERE / "build", HERE / "vectors.json"
 CHOICES = (2, 3, 4, 6, 8)
 PINNED = 8
 UNIFORM = (2, 3, 4)
@@ -54,16 +56,20 @@ def average_bits(sizes: dict[str, int], bits: BitVector) -> float:
 
 
 def vectors(folder: Path) -> dict[str, BitVector]:
-    """The mixed bit vectors by name, from build/ or made now.
+    """The mixed bit vectors by name, from vectors.json or made now.
 
     `knapsack` is the search's first candidate: the optimum by the default proxies alone."""
-    front = searched(folder)
-    found = {f"searched-{BUDGET}": bits_of(front.best)}
-    for limit in LOWER:
-        found[f"searched-{limit}"] = bits_of(front.best_under({"average_bits": limit}))
-    seed = open_study(BUILD, STUDY).read_record(TRIALS, "0000")
-    assert seed is not None  # the study has ended
-    return {**found, f"knapsack-{BUDGET}": seed.bits, f"hawq-{BUDGET}": hawq(folder)}
+    if not KEPT.exists():
+        front = searched(folder)
+        found = {f"searched-{BUDGET}": bits_of(front.best)}
+        for limit in LOWER:
+            found[f"searched-{limit}"] = bits_of(front.best_under({"average_bits": limit}))
+        seed = open_study(BUILD, STUDY).read_record(TRIALS, "0000")
+        assert seed is not None  # the study has ended
+        found |= {f"knapsack-{BUDGET}": seed.bits, f"hawq-{BUDGET}": hawq(folder)}
+        write_json(KEPT, {name: bits.to_json() for name, bits in found.items()})
+    kept = json.loads(KEPT.read_text())
+    return {name: BitVector.from_json(data, f"{KEPT}: {name}") for name, data in kept.items()}
 
 
 def bits_of(point: adq.Point) -> BitVector:
@@ -100,7 +106,6 @@ def searched(folder: Path) -> adq.Front:
         trials=CANDIDATES,
         epochs=1,
         final_epochs=1,
-        lr=LR,
         amp=AMP,
         device="cpu",
         cpus_per_trial=1,
@@ -110,25 +115,22 @@ def searched(folder: Path) -> adq.Front:
 
 def hawq(folder: Path) -> BitVector:
     """min Σ tr(H_l)/n_l · ‖Q_b(w_l) − w_l‖² under the budget (HAWQ-V2, arXiv 1911.03852),
-    on 256 training images, by an exact knapsack. Kept in build/."""
-    path = BUILD / "hawq.bits.json"
-    if not path.exists():
-        torch.set_num_threads(1)
-        data, model, sizes = cifar10.load(folder), cifar10.fp32(folder), layer_sizes(folder)
-        part = [tuple(values[:CALIBRATION] for values in data.train)]
-        batches = list(micro_batches(take_samples(part, 256), 64))
-        layers = trace_layers(model, data.train[0][:2])
-        subject = Subject(model, layers, CHOICES, batches, F.cross_entropy)
-        (found,) = HessianTrace().measure(subject, Work())
-        first, *_, last = sizes
-        options = {name: (PINNED,) if name in (first, last) else CHOICES for name in sizes}
-        rows = dict(zip(found.weight.layers, found.weight.monotone(), strict=True))
-        scores = [np.array([rows[name][CHOICES.index(b)] for b in options[name]]) for name in sizes]
-        terms = [[{"bits": b * sizes[name]} for b in options[name]] for name in sizes]
-        limits = {"bits": math.floor(BUDGET * sum(sizes.values()))}
-        choice = solve(scores, terms, limits)
-        assert choice is not None  # two bits everywhere are within the budget
-        choice = topped_up(scores, terms, limits, choice)
-        pairs = zip(options.items(), choice, strict=True)
-        write_json(path, BitVector({name: bits[o] for (name, bits), o in pairs}).to_json())
-    return BitVector.load(path)
+    on 256 training images, by an exact knapsack."""
+    torch.set_num_threads(1)
+    data, model, sizes = cifar10.load(folder), cifar10.fp32(folder), layer_sizes(folder)
+    part = [tuple(values[:CALIBRATION] for values in data.train)]
+    batches = list(micro_batches(take_samples(part, 256), 64))
+    layers = trace_layers(model, data.train[0][:2])
+    subject = Subject(model, layers, CHOICES, batches, F.cross_entropy)
+    (found,) = HessianTrace().measure(subject, Work())
+    first, *_, last = sizes
+    options = {name: (PINNED,) if name in (first, last) else CHOICES for name in sizes}
+    rows = dict(zip(found.weight.layers, found.weight.monotone(), strict=True))
+    scores = [np.array([rows[name][CHOICES.index(b)] for b in options[name]]) for name in sizes]
+    terms = [[{"bits": b * sizes[name]} for b in options[name]] for name in sizes]
+    limits = {"bits": math.floor(BUDGET * sum(sizes.values()))}
+    choice = solve(scores, terms, limits)
+    assert choice is not None  # two bits everywhere are within the budget
+    choice = topped_up(scores, terms, limits, choice)
+    pairs = zip(options.items(), choice, strict=True)
+    return BitVector({name: bits[o] for (name, bits), o in pairs})
