@@ -330,7 +330,8 @@ def _storage(values: Values) -> list[Finding]:
     from optuna.study import StudyDirection
     from optuna.trial import TrialState, create_trial
 
-    from adq.search.storage import StudyStorage, create_study_in, file_of, has_password, shown
+    from adq.search.storage import StudyStorage, create_study_in
+    from adq.search.storage_url import file_of, has_password, shown
 
     found = []
     path = file_of(url)

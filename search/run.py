@@ -43,7 +43,8 @@ from adq.search.samplers.base import Proposals
 from adq.search.seeds import Point as SeedPoint
 from adq.search.seeds import combined_scores, fits, make_seeds
 from adq.search.sensitivity import ensemble_of, load_sensitivities, sensitivities, to_csv
-from adq.search.storage import JOURNAL, StudyStorage, create_study_in, file_of
+from adq.search.storage import StudyStorage, create_study_in
+from adq.search.storage_url import JOURNAL, file_of
 from adq.search.study import StudyLoop
 from adq.search.task import Task
 

@@ -5,132 +5,41 @@ journal:FILE for Optuna's journal, which asks of a shared folder no more than fi
 """
 
 import copy
-import errno
-import json
-import re
-import sqlite3
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy.exc
-from optuna.distributions import distribution_to_json
 from optuna.exceptions import (
     DuplicatedStudyError,
     ExperimentalWarning,
     OptunaError,
-    StorageInternalError,
     UpdateFinishedTrialError,
 )
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, insert, make_url
-from sqlalchemy.orm import Session
+from sqlalchemy import make_url
 
 from adq.quant.errors import InputError
+from adq.search.database import Database, open_database
 from adq.search.journal import JOB, Journal
 from adq.search.patience import Patience, reason
+from adq.search.storage_errors import passing, passing_at_first, storage_errors
+from adq.search.storage_url import JOURNAL, file_of, journal_path, shown
 
 T = TypeVar("T")
 
-_PASSWORDS = ("password", "passwd", "sslpassword")
-"""Of a URL's query: those of libpq and of MySQL's drivers."""
-
-JOURNAL = "journal:"
 OPEN_PATIENCE_S, PATIENCE_S = 30.0, 300.0
-SQLITE_WAIT_S = 20.0
-
-# What no waiting mends, in the words of PostgreSQL, MySQL and SQLite, whose drivers call all of it
-# an operational error.
-_LASTING = re.compile(
-    r"authentication failed|access denied|no password|does not exist|unknown database|no pg_hba"
-    r"|permission denied|no such table|no such column|read-?only|unable to open|already exists"
-    r"|not a database|malformed|name or service not known|no address associated|certificate",
-    re.IGNORECASE,
-)
-_LASTING_ERRNO = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-}
-# Two processes made the tables at the same moment; only while opening.
-_OPENED_TWICE = re.compile(r"already exists|duplicate key|unique constraint|duplicate entry", re.I)
 
 
 class FinishedOtherwiseError(InputError):
     """A trial had been finished already, with another state or other values."""
-
-
-def shown(url: str) -> str:
-    """The URL without its passwords, for messages."""
-    if url.startswith(JOURNAL):
-        return url
-    with suppress(sqlalchemy.exc.ArgumentError, ValueError):
-        url = make_url(url).render_as_string()
-    return re.sub(rf"([?&](?:{'|'.join(_PASSWORDS)})=)[^&]*", r"\1***", url)
-
-
-def file_of(url: str) -> Path | None:
-    """The file that a storage of this URL is, None where it is none; InputError for a journal
-    that names none."""
-    if url.startswith(JOURNAL):
-        return Path(_journal(url)).absolute()
-    try:
-        parsed = make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return None
-    path = parsed.database or ":memory:"
-    local = parsed.get_backend_name() == "sqlite" and not path.startswith(("file:", ":memory:"))
-    return Path(path).absolute() if local else None
-
-
-def _journal(url: str) -> str:
-    path = url.removeprefix(JOURNAL)
-    if not path:
-        raise InputError(f"storage: expected a file as journal:FILE, got {url!r}")
-    return path
-
-
-def has_password(url: str) -> bool:
-    try:
-        parsed = make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return False
-    return parsed.password is not None or any(name in parsed.query for name in _PASSWORDS)
-
-
-@contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Turn what a database says of a missing, damaged or locked store into one line.
-
-    That a trial was finished before is no fault of the storage: UpdateFinishedTrialError passes.
-    """
-    try:
-        yield
-    except UpdateFinishedTrialError:
-        raise
-    except ImportError as error:
-        what = " ".join(str(error.__cause__ or error).split())
-        hint = 'pip install "adq-search[postgresql]"' if "postgres" in url else "install its driver"
-        raise InputError(
-            f"storage {shown(url)} cannot be used: {what}; {hint}, or give another --storage"
-        ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, OptunaError, UnicodeDecodeError, OSError) as error:
-        raise InputError(
-            f"storage {shown(url)} cannot be used: {reason(error)}; restore it, or give another "
-            "--storage"
-        ) from error
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -184,7 +93,7 @@ def create_study_in(
             close_storage(storage)
 
     with storage_errors(url):
-        Patience(f"storage {shown(url)}", _passing_at_first, say, patience_s)(create)
+        Patience(f"storage {shown(url)}", passing_at_first, say, patience_s)(create)
     _require_file(url)
 
 
@@ -236,9 +145,9 @@ class StudyStorage:
         self.url, self.name = url, name
         what = f"storage {shown(url)}"
         opening = Patience(
-            what, _passing_at_first, say, min(patience_s, OPEN_PATIENCE_S), clock, sleep
+            what, passing_at_first, say, min(patience_s, OPEN_PATIENCE_S), clock, sleep
         )
-        self._patience = Patience(what, _passing, say, patience_s, clock, sleep)
+        self._patience = Patience(what, passing, say, patience_s, clock, sleep)
 
         def open_() -> tuple[BaseStorage, int]:
             storage = open_storage(url)
@@ -266,7 +175,7 @@ class StudyStorage:
         named = copy.copy(template)
         named.user_attrs = {JOB: uuid.uuid4().hex, **template.user_attrs}
         database = getattr(self._storage, "_backend", None)
-        if isinstance(database, _Database):  # it knows the number, which Optuna's cache would read
+        if isinstance(database, Database):  # it knows the number, which Optuna's cache would read
             made = self._call(lambda: database._create_new_trial(self._study_id, named))
             return made.number, made._trial_id
         storage_id = self._call(lambda: self._storage.create_new_trial(self._study_id, named))
@@ -353,7 +262,7 @@ def _require_file(url: str) -> None:
     """Raise InputError where SQLite would make an empty database, or keep one in memory only, and
     where Optuna would make an empty journal."""
     if url.startswith(JOURNAL):
-        path = _journal(url)
+        path = journal_path(url)
     else:
         with storage_errors(url):
             parsed = make_url(url)
@@ -377,151 +286,4 @@ def _opened(url: str) -> BaseStorage:
                 f"storage {url} cannot be used: it is no journal of Optuna ({reason(error)}); "
                 "restore it, or give another --storage"
             ) from None
-    parsed = make_url(url)
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    # Optuna formats the URL with its schema version
-    text = parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-    try:
-        return get_storage(_Database(text, _engine_settings(parsed)))
-    except RuntimeError as error:  # written by another version of Optuna
-        raise InputError(f"storage {shown(url)} cannot be used: {reason(error)}") from None
-
-
-def _engine_settings(url: URL) -> dict[str, Any]:
-    """What SQLAlchemy's engine is told so that a dead server is noticed within a minute."""
-    backend = url.get_backend_name()
-    connect: dict[str, Any] = {}
-    if backend == "sqlite":
-        connect = {"timeout": SQLITE_WAIT_S}
-    elif backend == "postgresql":
-        connect = {
-            "application_name": "adq-search",
-            "connect_timeout": 10,
-            "keepalives_idle": 30,
-            "keepalives_interval": 10,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 60_000,  # ms
-        }
-    elif backend in ("mysql", "mariadb"):
-        connect = {"connect_timeout": 10}
-    connect = {key: value for key, value in connect.items() if key not in url.query}
-    if backend == "sqlite":
-        return {"connect_args": connect}
-    return {"connect_args": connect, "pool_pre_ping": True, "pool_size": 2, "max_overflow": 8}
-
-
-class _Database(RDBStorage):
-    """Optuna's storage, which makes a trial of one `job` once, with few statements.
-
-    Optuna repeats the creation of a trial whenever the database failed: also where the answer to
-    the commit was lost, and not the commit. And it looks up each parameter of each new trial among
-    those of all before, most of the driver's time for a network of 20 layers; here it does so once
-    for each set of distributions, and then parameters and attributes are written together.
-    """
-
-    def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
-        self._unsure: set[str] = set()  # jobs whose trial may have been made
-        self._checked: tuple[int, dict[str, Any]] | None = None  # study and distributions
-        try:
-            super().__init__(url, engine_kwargs)
-        except BaseException:
-            if hasattr(self, "scoped_session"):
-                self.remove_session()
-            if hasattr(self, "engine"):
-                self.engine.dispose()
-            raise
-
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
-        made = super()._create_new_trial(study_id, template_trial)
-        self._unsure.discard(made.user_attrs.get(JOB, ""))
-        return made
-
-    def _get_prepared_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None, session: Session
-    ) -> Any:
-        job = None if template_trial is None else template_trial.user_attrs.get(JOB)
-        if job is not None and job in self._unsure:
-            from optuna.storages._rdb import models  # sets up SQLAlchemy's mapping
-
-            found = (
-                session.query(models.TrialModel)
-                .join(models.TrialUserAttributeModel)
-                .filter(
-                    models.TrialModel.study_id == study_id,
-                    models.TrialUserAttributeModel.key == JOB,
-                    models.TrialUserAttributeModel.value_json == json.dumps(job),
-                )
-                .one_or_none()
-            )
-            if found is not None:
-                return found
-        if job is not None:
-            self._unsure.add(job)
-        if template_trial is None or self._checked != (study_id, template_trial.distributions):
-            made = super()._get_prepared_new_trial(study_id, template_trial, session)
-            if template_trial is not None:
-                self._checked = study_id, {**template_trial.distributions}
-            return made
-        bare = copy.copy(template_trial)
-        bare.params, bare.distributions, bare.user_attrs, bare.system_attrs = {}, {}, {}, {}
-        made = super()._get_prepared_new_trial(study_id, bare, session)
-        _write_together(session, int(made.trial_id), template_trial)
-        return made
-
-
-def _write_together(session: Session, trial_id: int, template: FrozenTrial) -> None:
-    """Parameters and attributes of a new trial, a statement for each of the tables."""
-    from optuna.storages._rdb import models
-
-    kinds = {name: template.distributions[name] for name in template.params}
-    rows: dict[Any, list[dict[str, Any]]] = {
-        models.TrialParamModel: [
-            {
-                "param_name": name,
-                "param_value": kinds[name].to_internal_repr(value),
-                "distribution_json": distribution_to_json(kinds[name]),
-            }
-            for name, value in template.params.items()
-        ],
-        models.TrialUserAttributeModel: _attributes(template.user_attrs),
-        models.TrialSystemAttributeModel: _attributes(template.system_attrs),
-    }
-    for model, values in rows.items():
-        if values:
-            session.execute(insert(model), [{"trial_id": trial_id, **row} for row in values])
-
-
-def _attributes(values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"key": key, "value_json": json.dumps(value)} for key, value in values.items()]
-
-
-def _passing(error: Exception) -> bool:
-    """Whether a storage that says this may be back in a while."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if isinstance(cause, OSError):
-        return cause.errno not in _LASTING_ERRNO
-    if isinstance(cause, sqlalchemy.exc.TimeoutError | sqlalchemy.exc.PendingRollbackError):
-        return True
-    if not isinstance(cause, sqlalchemy.exc.DBAPIError):
-        return False
-    text = reason(cause)
-    if isinstance(cause.orig, sqlite3.Error):
-        return re.search(r"locked|busy|disk i/o error|full", text) is not None
-    return cause.connection_invalidated or (
-        isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
-        and _LASTING.search(text) is None
-    )
-
-
-def _passing_at_first(error: Exception) -> bool:
-    """The same while a storage is being opened, when another process may do so too."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if isinstance(error, FileNotFoundError):
-        return False
-    return _passing(error) or (
-        isinstance(cause, sqlalchemy.exc.DBAPIError)
-        and _OPENED_TWICE.search(reason(cause)) is not None
-    )
+    return open_database(url)

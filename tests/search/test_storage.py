@@ -32,11 +32,10 @@ from adq.search.storage import (
     StudyStorage,
     close_storage,
     create_study_in,
-    has_password,
     open_storage,
-    shown,
-    storage_errors,
 )
+from adq.search.storage_errors import storage_errors
+from adq.search.storage_url import has_password, shown
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
