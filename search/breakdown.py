@@ -105,9 +105,7 @@ def read_breakdown(folder: StudyFolder) -> Breakdown | None:
                 weight_shape=tuple(layer["weight_shape"]),
                 weights=layer["weights"],
                 macs=layer["macs"],
-                costs={
-                    (c.pop("weight"), c.pop("act")): LayerCost(**c) for c in layer["costs"]
-                },
+                costs={(c.pop("weight"), c.pop("act")): LayerCost(**c) for c in layer["costs"]},
             )
             for layer in data["layers"]
         )

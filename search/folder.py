@@ -44,17 +44,19 @@ class Clock:
     """The seconds that a study took, summed over the processes that ran it, kept in a file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._started, self._before = path, time.monotonic(), 0.0
+        self._path, self._started = path, time.monotonic()
+        self.before = 0.0
+        """Seconds in the file when this process began."""
         if path.exists():
             data = read_json(path)
             try:
-                self._before = float(data["seconds"])
+                self.before = float(data["seconds"])
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
     @property
     def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
+        return self.before + time.monotonic() - self._started
 
     def save(self) -> None:
         write_json(self._path, {"seconds": self.seconds})

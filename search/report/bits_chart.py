@@ -1,95 +1,97 @@
-"""The chart of the bits that each point of the front gives to each layer."""
+"""The bits that each point of the front gives to each layer, for the picture."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
-import altair as alt
-
+from adq.quant.spec import FP32_BITS
 from adq.search.front import Point
 from adq.search.report.facts import Facts
-from adq.search.report.theme import FP32_BITS, bits_scale, layer_axis, row_height, rows
+from adq.search.report.svg import Element, add
+from adq.search.report.theme import cut
 
+LONGEST_LABEL = 34
+LETTER = 6.2
+"""Pixels of a letter of a label, about."""
 MANY = 6
 """More points than this, and their labels stand upright."""
-LEAST_WIDTH = 190
+HEAD, FOOT = 44, 110
 
 
-def bits_charts(facts: Facts) -> list[alt.LayerChart]:
-    """Layers downwards, points across, weight bits in the cells; where input bits vary, a second
-    map with those beside it."""
-    maps = [_heat_map(facts, "weights", {p.id: p.weight_bits for p in facts.front.points}, True)]
-    if facts.input_bits_vary:
-        inputs = {p.id: _input_bits(p) for p in facts.front.points}
-        maps.append(_heat_map(facts, "inputs", inputs, False))
-    return maps
+class Panel(NamedTuple):
+    """A part of a picture."""
+
+    svg: Element
+    width: float
+    height: float
 
 
-def _input_bits(point: Point) -> dict[str, int]:
+def input_bits(point: Point) -> dict[str, int]:
+    """Bits of the input of each layer, FP32 as 32."""
     return {layer: point.act_bits.get(layer, FP32_BITS) for layer in point.weight_bits}
 
 
-def _heat_map(
-    facts: Facts, kind: str, bits: Mapping[str, Mapping[str, int]], labels: bool
-) -> alt.LayerChart:
-    points, layers = facts.front.points, facts.layers
-    costs = {p.id: facts.unit.number(facts.cost_of(p)) for p in points}
-    cells: list[dict[str, Any]] = [
-        {"layer": layer, "point": p.id, "bits": bits[p.id][layer], "cost": costs[p.id]}
-        for p in points
-        for layer in layers
+def bits_maps(facts: Facts) -> dict[str, dict[str, Mapping[str, int]]]:
+    """ "weights", and "inputs" where those vary -> id -> layer -> bits, for each point."""
+    points = facts.front.points
+    maps: dict[str, dict[str, Mapping[str, int]]] = {
+        "weights": {p.id: p.weight_bits for p in points}
+    }
+    if facts.input_bits_vary:
+        maps["inputs"] = {p.id: input_bits(p) for p in points}
+    return maps
+
+
+def row_height(layers: int) -> float:
+    """Pixels of a layer's row: roomy for a small model, never too low for its label."""
+    return max(12, min(24, 480 // layers))
+
+
+def bits_panels(facts: Facts) -> list[Panel]:
+    """Layers downwards, points across, cheap to dear, bits in the cells."""
+    return [
+        _panel(facts, kind, bits, labels=i == 0)
+        for i, (kind, bits) in enumerate(bits_maps(facts).items())
     ]
-    widths = sorted({cell["bits"] for cell in cells})
-    height = row_height(len(layers))
-    base = alt.Chart(rows(cells)).encode(
-        x=_point_axis(facts, costs),
-        y=layer_axis(layers, labels),
-        tooltip=[
-            alt.Tooltip("layer", type="nominal"),
-            alt.Tooltip("point", type="nominal"),
-            alt.Tooltip("cost", type="nominal", title=facts.unit.title),
-            alt.Tooltip("bits", type="quantitative", title=f"bits of the {kind}"),
-        ],
-    )
-    pale = alt.FieldOneOfPredicate(field="bits", oneOf=[2, 3, FP32_BITS])
-    fp32 = ", 32 is FP32" if FP32_BITS in widths else ""
-    marks = [
-        base.mark_rect(stroke="white", strokeWidth=1).encode(
-            color=alt.Color("bits", type="ordinal", scale=bits_scale(widths), legend=None)
-        ),
-        base.mark_text(fontSize=min(12, height - 2)).encode(
-            text=alt.Text("bits", type="quantitative"),
-            color=alt.when(pale).then(alt.value("black")).otherwise(alt.value("white")),
-        ),
-    ]
-    return alt.LayerChart(
-        layer=marks,
-        width=column_width(len(points)) * len(points),
-        height=height * len(layers),
-        title=alt.Title(
-            f"Bits of the {kind}", subtitle=[f"points, cheap to dear{fp32}", "best in bold"]
-        ),
-    )
 
 
-def _point_axis(facts: Facts, costs: Mapping[str, str]) -> alt.X:
-    """Ids with their costs, the best one bold; turned when there are many."""
-    wide = len(costs) <= MANY
-    texts = {id: [id, cost] if wide else f"{id}   {cost}" for id, cost in costs.items()}
-    best = f"datum.value == {json.dumps(facts.front.best.id)}"
-    axis = alt.Axis(
-        title=facts.unit.title,
-        labelAngle=0 if wide else -90,
-        labelExpr=f"{json.dumps(texts)}[datum.value]",
-        labelFontWeight=alt.condition(best, alt.value("bold"), alt.value("normal")),
-        labelLimit=0,
-        labelOverlap=False,
-        ticks=False,
-        domain=False,
-    )
-    return alt.X("point", type="nominal", scale=alt.Scale(domain=list(costs)), axis=axis)
-
-
-def column_width(points: int) -> int:
-    """Pixels of a point's column: room for its label, and for the title above them all."""
-    return max(LEAST_WIDTH // points, 56 if points <= MANY else 22)
+def _panel(facts: Facts, kind: str, bits: Mapping[str, Mapping[str, int]], labels: bool) -> Panel:
+    layers, points = facts.layers, facts.front.points
+    names = [cut(layer, LONGEST_LABEL) for layer in layers]
+    left = LETTER * max(map(len, names)) + 10 if labels else 0
+    column = max(190 / len(points), 56 if len(points) <= MANY else 22)
+    row = row_height(len(layers))
+    svg = add(None, "svg", overflow="visible")
+    add(svg, "text", f"Bits of the {kind}", x=left, y=14, class_="head")
+    fp32 = ", 32 is FP32" if any(FP32_BITS in of.values() for of in bits.values()) else ""
+    add(svg, "text", f"points, cheap to dear{fp32}; best in bold", x=left, y=31, class_="quiet")
+    for i, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        y = HEAD + row * i
+        if labels:
+            add(svg, "text", name, x=left - 6, y=y + row / 2 + 4, class_="end")
+        for j, point in enumerate(points):
+            x, width = left + column * j, bits[point.id][layer]
+            add(
+                svg,
+                "rect",
+                x=x,
+                y=y,
+                width=column - 1,
+                height=row - 1,
+                class_=f"b{width}",
+                stroke_width=0,
+            )
+            add(svg, "text", str(width), x=x + column / 2, y=y + row / 2 + 4,
+                class_=f"middle t{width}")  # fmt: skip
+    bottom = HEAD + row * len(layers)
+    for j, point in enumerate(points):
+        x = left + column * (j + 0.5)
+        best = " strong" if point.id == facts.front.best.id else ""
+        cost = facts.unit.number(facts.cost_of(point))
+        if len(points) <= MANY:
+            add(svg, "text", point.id, x=x, y=bottom + 16, class_=f"middle{best}")
+            add(svg, "text", cost, x=x, y=bottom + 32, class_=f"middle{best}")
+        else:
+            turned = f"rotate(-90 {x + 4:.4g} {bottom + 8:.4g})"
+            add(svg, "text", f"{point.id}   {cost}", x=x + 4, y=bottom + 8, transform=turned,
+                class_=f"end{best}")  # fmt: skip
+    return Panel(svg, left + column * len(points), bottom + FOOT)

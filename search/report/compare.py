@@ -71,6 +71,17 @@ class Comparison:
             rows.append([name, str(len(front.points)), volume, *shown])
         return header, rows
 
+    def models(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one a model, as texts."""
+        titles = [UNITS[name].title for name in self.costs]
+        rows = [
+            [name, point.id, self.metric_text(point)]
+            + [UNITS[cost].number(getattr(point, cost)) for cost in self.costs]
+            for name, front in self.fronts.items()
+            for point in front.points
+        ]
+        return ["study", "model", self.metric_title, *titles], rows
+
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON, schema `adq-comparison/1`."""
         volumes = self.hypervolumes
@@ -131,7 +142,7 @@ def render(comparison: Comparison, format: str) -> bytes:
         return (json.dumps(comparison.to_json(), indent=1, allow_nan=False) + "\n").encode()
     if format == "csv":
         return _csv(comparison).encode()
-    # Altair is slow to import, and whoever only reads numbers does without it.
+    # The drawing code is loaded for whoever draws.
     if format == "png":
         from adq.search.report.compare_chart import compare_picture
 

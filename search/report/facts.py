@@ -8,11 +8,13 @@ from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation
 from adq.quant.files import read_json
 from adq.quant.spec import BitVector
+from adq.search.breakdown import Breakdown, read_breakdown
 from adq.search.candidate import Record
 from adq.search.config import StudyConfig
-from adq.search.folder import FINAL, TRIALS, StudyFolder
+from adq.search.folder import FINAL, TRIALS, Clock, StudyFolder
 from adq.search.front import Front, Point
 from adq.search.report.units import UNITS, Unit, metric_format
+from adq.search.runs import Run, read_runs
 from adq.search.sensitivity import ensemble_of, load_sensitivities
 
 
@@ -22,16 +24,21 @@ class Facts:
 
     `trials` are in the order of their numbers; `proxies` end with the ensemble that was fitted on
     them, where they are enough; `finals` maps an id to its final record; `fp32` is measured on the
-    front's split.
+    front's split, `fp32_losses` are those of its training's epochs. `breakdown`, `runs` and
+    `seconds` (which the study took) are missing for a study of an earlier version.
     """
 
     front: Front
     config: StudyConfig
     fp32: Evaluation
     fp32_validation: Evaluation
+    fp32_losses: tuple[float, ...]
     trials: tuple[Record, ...]
     finals: dict[str, Record]
     proxies: tuple[Sensitivity, ...]
+    breakdown: Breakdown | None
+    runs: tuple[Run, ...]
+    seconds: float | None
 
     @property
     def cost(self) -> str:
@@ -92,6 +99,11 @@ class Facts:
         return f"{metric:{self.metric_format}} ± {stderr:{self.metric_format}}"
 
 
+def _seconds(folder: StudyFolder) -> float | None:
+    path = folder.file("clock.json")
+    return Clock(path).before if path.exists() else None
+
+
 def read_facts(folder: StudyFolder, front: Front) -> Facts:
     """The facts of a study whose front is known.
 
@@ -101,6 +113,7 @@ def read_facts(folder: StudyFolder, front: Front) -> Facts:
     data = read_json(path)
     try:
         fp32, validation = Evaluation(**data[front.split]), Evaluation(**data["validation"])
+        losses = tuple(map(float, data["train_losses"]))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
     trials = sorted(folder.records(TRIALS), key=lambda record: int(record.id))
@@ -111,7 +124,11 @@ def read_facts(folder: StudyFolder, front: Front) -> Facts:
         config=folder.config,
         fp32=fp32,
         fp32_validation=validation,
+        fp32_losses=losses,
         trials=tuple(trials),
         finals={record.id: record for record in folder.records(FINAL)},
         proxies=(*scores, *([] if ensemble is None else [ensemble])),
+        breakdown=read_breakdown(folder),
+        runs=read_runs(folder),
+        seconds=_seconds(folder),
     )

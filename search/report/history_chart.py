@@ -1,17 +1,15 @@
 """The chart of the search: validation metric of each trial, and the best so far."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import altair as alt
 
 from adq.quant.evaluate import Evaluation
 from adq.search.candidate import Record
 from adq.search.report.facts import Facts
-from adq.search.report.theme import INK, ORANGE, RAMP, number_axis, rows
+from adq.search.report.svg import Key, Plot, Scale, add
+from adq.search.report.theme import STEPS, WIDTHS, step_of
 from adq.search.report.units import padded
 
-WIDTH, HEIGHT = 640, 260
+HEIGHT = 230
 
 
 def running_best(trials: Sequence[Record]) -> Iterator[tuple[int, float]]:
@@ -25,51 +23,6 @@ def running_best(trials: Sequence[Record]) -> Iterator[tuple[int, float]]:
             yield int(record.id), best
 
 
-def history_chart(facts: Facts) -> alt.LayerChart:
-    """Trials coloured by cost, the best so far as steps, failed trials as crosses at the bottom.
-    Open rings are trials that were stopped on a lower rung, where that left them."""
-    unit, name = facts.unit, f"validation {facts.front.metric_name}"
-    done = [_row(facts, r) for r in facts.trials if r.validation is not None]
-    failed = [_row(facts, r) for r in facts.trials if r.error is not None]
-    stopped = [
-        _row(facts, r) | {"state": r.state}
-        for r in facts.trials
-        if r.validation is None and reached(r) is not None
-    ]
-    best = [{"trial": number, "metric": metric} for number, metric in running_best(facts.trials)]
-    last = max(int(record.id) for record in facts.trials)
-    x = number_axis(
-        alt.X, "trial", "trial", [-0.5, last + 0.5], format="d", tickMinStep=1, grid=False
-    )
-    y = number_axis(
-        alt.Y, "metric", name, padded((r["metric"] for r in done + stopped), 0.14), tickCount=6
-    )
-    colour = alt.Color(
-        "cost",
-        type="quantitative",
-        scale=alt.Scale(domain=padded((r["cost"] for r in done + stopped), 0.0), range=RAMP),
-        legend=alt.Legend(title=unit.title, orient="top", gradientLength=260),
-    )
-
-    def tooltip(**others: str) -> list[alt.Tooltip]:
-        texts = {"trial": "trial", "cost_text": unit.title} | others
-        return [alt.Tooltip(key, type="nominal", title=title) for key, title in texts.items()]
-
-    steps = alt.Chart(rows(best)).mark_line(interpolate="step-after", color=INK, opacity=0.6)
-    dots = alt.Chart(rows(done)).mark_point(filled=True, size=75, opacity=1)
-    crosses = alt.Chart(rows(failed)).mark_point(
-        shape="M-1,-1L1,1M1,-1L-1,1", size=50, strokeWidth=2.5, color=ORANGE, opacity=1
-    )
-    rings = alt.Chart(rows(stopped)).mark_point(size=55, strokeWidth=1.6, opacity=1)
-    layers = [
-        rings.encode(x, y, colour, tooltip=tooltip(metric_text=name, state="state")),
-        steps.encode(x, y),
-        dots.encode(x, y, colour, tooltip=tooltip(metric_text=name)),
-        crosses.encode(x, y=alt.value(HEIGHT - 10), tooltip=tooltip(error="error")),
-    ]
-    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT)
-
-
 def reached(record: Record) -> Evaluation | None:
     """What the longest training of a trial led to that did not fail."""
     if record.validation is not None or record.error is not None or not record.rungs:
@@ -77,14 +30,58 @@ def reached(record: Record) -> Evaluation | None:
     return record.rungs[-1].validation
 
 
-def _row(facts: Facts, record: Record) -> dict[str, Any]:
-    cost, found = facts.cost_of(record.costs), reached(record)
-    row = {
-        "trial": int(record.id),
-        "cost": facts.unit.value(cost),
-        "cost_text": facts.unit.number(cost),
-    }
-    if found is None:
-        return row | {"error": record.error}
-    text = facts.metric_text(found.metric, found.metric_stderr)
-    return row | {"metric": found.metric, "metric_text": text}
+def history_keys(facts: Facts) -> list[Key]:
+    """The legend: what colours, rings and crosses mean, as far as there are any."""
+    low, high = _cost_ends(facts)
+    unit = facts.unit
+    keys = [
+        Key("circle", f"b{WIDTHS[0]}", f"{unit.text(low)}"),
+        Key("circle", f"b{WIDTHS[STEPS - 1]}", f"{unit.text(high)}"),
+    ]
+    if any(r.validation is None and reached(r) is not None for r in facts.trials):
+        keys.append(Key("circle", f"b{WIDTHS[STEPS // 2]} open", "stopped early"))
+    if any(r.error is not None for r in facts.trials):
+        keys.append(Key("cross", "lost", "failed"))
+    return keys
+
+
+def _cost_ends(facts: Facts) -> tuple[float, float]:
+    """The least and the largest cost of a trial, in the cost's own unit."""
+    costs = [facts.cost_of(record.costs) for record in facts.trials]
+    return min(costs), max(costs)
+
+
+def history_chart(facts: Facts) -> Plot:
+    """Trials coloured by cost, the best so far as steps, failed trials as crosses at the bottom.
+    Open rings are trials that were stopped on a lower rung, where that left them."""
+    name = f"validation {facts.front.metric_name}"
+    found = {r.id: e for r in facts.trials if (e := reached(r)) is not None}
+    up = padded((e.metric for e in found.values()), 0.14)
+    last = max(int(record.id) for record in facts.trials)
+    plot = Plot(Scale(-0.5, last + 0.5, whole=True), Scale(up[0], up[1]), HEIGHT)
+    plot.axes("trial", name, grid=False)
+    least, largest = _cost_ends(facts)
+    steps: list[tuple[float, float]] = []
+    for number, metric in running_best(facts.trials):
+        steps += [(number, steps[-1][1])] if steps else []
+        steps.append((number, metric))
+    if steps:
+        add(plot.frame(), "path", d=plot.path(steps), class_="curve step")
+    for record in facts.trials:
+        cost, x = facts.cost_of(record.costs), plot.at_x(int(record.id))
+        text, at = f"trial {int(record.id)}, {facts.unit.text(cost)}", found.get(record.id)
+        if at is None:
+            place = add(plot.svg, "svg", x=x, y=plot.top + HEIGHT - 10, overflow="visible")
+            mark = add(place, "path", d="M-4-4L4 4M4-4L-4 4", class_="lost")
+            add(mark, "title", f"{text}: {record.state}")
+            continue
+        step = step_of((cost - least) / ((largest - least) or 1))
+        open_ = "" if record.validation is not None else " open"
+        mark = add(plot.svg, "circle", cx=x, cy=plot.at_y(at.metric), r=4, class_=f"b{step}{open_}")
+        stopped = f", {record.state}" if open_ else ""
+        add(mark, "title", f"{text}: {facts.metric_text(at.metric, at.metric_stderr)}{stopped}")
+    plot.described(
+        f"Validation {facts.front.metric_name} of each of {len(facts.trials)} trials, and the best "
+        "so far. The table of trials has the same numbers."
+    )
+    return plot

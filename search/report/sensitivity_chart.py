@@ -1,59 +1,34 @@
 """The chart of what each layer suffers at each bit-width, beside the bits that it got."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import altair as alt
 
 from adq.proxies.base import Sensitivity, Table
-from adq.search.report.theme import INK, bits_scale, layer_axis, row_height, rows
+from adq.search.report.svg import Plot, Scale, add
+from adq.search.report.theme import cut
 
-WIDTH = 200
 DECADES = 7
 """How far the axis reaches below the largest score. What lies further down is numerical zero: a
 layer with fewer weights than levels, for one, has scores of 1e-16."""
+ROW = 34
+"""Pixels of a layer with its name above its marks."""
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One table of scores: what `proxy` says of the `kind` ("weights" or "inputs") of each layer;
-    `chosen` are the bits to mark, of the front's best point."""
+class Scores:
+    """One table of scores: what `proxy` says of the `kind` ("weights" or "inputs") of layers."""
 
     proxy: str
     kind: str
     table: Table
-    chosen: Mapping[str, int]
 
 
-def sensitivity_charts(
-    proxies: Sequence[Sensitivity],
-    weight_bits: Mapping[str, int],
-    act_bits: Mapping[str, int],
-    labels: bool = True,
-) -> list[alt.LayerChart]:
-    """One panel a proxy and kind: layers downwards, expected loss increase across.
-
-    All panels share one logarithmic axis. A score that is zero, negative or below the axis is an
-    open triangle at its left end. Rings mark the given bits, where there are any.
-    """
-    panels = list(_panels(proxies, weight_bits, act_bits))
-    layers = proxies[0].weight.layers
-    axis = log_axis([panel.table for panel in panels])
-    widths = sorted({bits for panel in panels for bits in panel.table.bits})
-    return [
-        _draw(panel, layers, axis, widths, labels and i == 0, i == len(panels) - 1)
-        for i, panel in enumerate(panels)
-    ]
-
-
-def _panels(
-    proxies: Sequence[Sensitivity], weight_bits: Mapping[str, int], act_bits: Mapping[str, int]
-) -> Iterator[Panel]:
+def all_scores(proxies: Sequence[Sensitivity]) -> Iterator[Scores]:
+    """The tables of all proxies, of weights and then of inputs."""
     for s in proxies:
-        yield Panel(s.proxy, "weights", s.weight, weight_bits)
+        yield Scores(s.proxy, "weights", s.weight)
         if s.act is not None and s.act.bits:
-            yield Panel(s.proxy, "inputs", s.act, act_bits)
+            yield Scores(s.proxy, "inputs", s.act)
 
 
 def log_axis(tables: Sequence[Table]) -> tuple[float, float]:
@@ -65,78 +40,46 @@ def log_axis(tables: Sequence[Table]) -> tuple[float, float]:
     return max(min(scores) / 2, max(scores) * 10.0**-DECADES), max(*ends, *scores) * 1.5
 
 
-def _marks(panel: Panel, axis: tuple[float, float]) -> Iterator[dict[str, Any]]:
-    """One mark a layer and bit-width: `value` as measured, `score` where it is drawn."""
-    table, (low, high) = panel.table, axis
+def sensitivity_chart(
+    scores: Scores,
+    axis: tuple[float, float],
+    width: float | None = None,
+    row: float = ROW,
+    named: bool = True,
+    top: float = 0,
+) -> Plot:
+    """Layers downwards in model order, expected loss increase across, a mark a bit-width.
+
+    A score that is zero, negative or below the axis is an open triangle at its left end. Marks
+    carry `data-layer` (its place), `data-kind` and `data-bits`, so that a page may ring some.
+    """
+    table, (low, high) = scores.table, axis
+    edge = low * (low / high) ** 0.04  # room for the triangles inside the plot
+    layers = len(table.layers)
+    plot = Plot(Scale(edge, high, log=True), Scale(layers, 0), row * layers, width, top=top)
+    plot.axes("expected loss increase", "", ticks=4)
     for i, layer in enumerate(table.layers):
+        middle = top + row * i + (row - 10 if named else row / 2)
+        if named:
+            add(plot.svg, "text", cut(layer, 38), x=0, y=middle - 11)
+        add(plot.svg, "line", x1=0, x2=plot.across(1), y1=middle, y2=middle, class_="grid")
         for j, bits in enumerate(table.bits):
             value, stderr = float(table.score[i, j]), float(table.stderr[i, j])
-            yield {
-                "layer": layer,
-                "bits": bits,
-                "value": value,
-                "stderr": stderr,
-                "score": max(value, low),
-                "from": max(value - stderr, low),
-                "to": min(max(value + stderr, low), high),
-                "inside": value >= low,
-                "chosen": panel.chosen.get(layer) == bits,
-            }
-
-
-def _draw(
-    panel: Panel,
-    layers: Sequence[str],
-    axis: tuple[float, float],
-    widths: Sequence[int],
-    labels: bool,
-    legend: bool,
-) -> alt.LayerChart:
-    marks = list(_marks(panel, axis))
-    low, high = axis
-    edge = low * (low / high) ** 0.04  # room for the triangles inside the plot
-    scale = alt.Scale(type="log", domain=[edge, high], nice=False)
-    x = alt.X(
-        "score",
-        type="quantitative",
-        title="expected loss increase",
-        scale=scale,
-        axis=alt.Axis(format=".0e", tickCount=4, labelOverlap=True),
+            mark = add(plot.svg, "g", class_="score", data_layer=i, data_kind=scores.kind,
+                       data_bits=bits)  # fmt: skip
+            add(mark, "title", f"{layer}, {bits} bits: {value:.3g} ± {stderr:.1g}")
+            inside = value >= low
+            ends = [min(max(end, low), high) for end in (value - stderr, value + stderr)]
+            if inside:
+                add(mark, "line", x1=plot.at_x(ends[0]), x2=plot.at_x(ends[1]), y1=middle,
+                    y2=middle, class_=f"bar b{bits}")  # fmt: skip
+            place = add(mark, "svg", x=plot.at_x(max(value, low)), y=middle, overflow="visible")
+            shape = {"r": 4} if inside else {"d": "M-5 0L4-5V5z"}
+            add(place, "circle" if inside else "path", **shape,
+                class_=f"b{bits}" + ("" if inside else " open"))  # fmt: skip
+            add(place, "circle", r=7, class_="ring")
+    plot.described(
+        f"Expected loss increase, {scores.proxy}, when one of {layers} layers alone has its "
+        f"{scores.kind} quantized, by bit-width. A table follows."
     )
-    y = layer_axis(layers, labels)
-    colour = alt.Color(
-        "bits",
-        type="ordinal",
-        scale=bits_scale(widths),
-        legend=alt.Legend(title="bits", orient="right") if legend else None,
-    )
-    tooltip = [
-        alt.Tooltip("layer", type="nominal"),
-        alt.Tooltip("bits", type="quantitative"),
-        alt.Tooltip("value", type="quantitative", title="expected loss increase", format=".3e"),
-        alt.Tooltip("stderr", type="quantitative", title="standard error", format=".1e"),
-    ]
-    lines = alt.Chart(rows({"layer": layer} for layer in layers))
-    inside = alt.Chart(rows(m for m in marks if m["inside"]))
-    below = alt.Chart(rows(m for m in marks if not m["inside"]))
-    ringed = alt.Chart(rows(m for m in marks if m["chosen"]))
-    bar = {"x": alt.X("from", type="quantitative", scale=scale), "x2": alt.X2("to")}
-    off_axis = not all(m["inside"] for m in marks)
-    ring = ["ring: best point"] if panel.chosen else []
-    key = ", ".join(ring + (["triangle: off the axis"] if off_axis else []))
-    return alt.LayerChart(
-        layer=[
-            lines.mark_rule(color="#ececec").encode(y),
-            inside.mark_rule(strokeWidth=1.5, opacity=0.7).encode(y, colour, **bar),
-            inside.mark_point(filled=True, size=50, opacity=1).encode(
-                x, y, colour, tooltip=tooltip
-            ),
-            below.mark_point(shape="triangle-left", size=50, strokeWidth=1.6).encode(
-                x, y, colour, tooltip=tooltip
-            ),
-            ringed.mark_point(size=120, color=INK, strokeWidth=1.4).encode(x, y),
-        ],
-        width=WIDTH,
-        height=row_height(len(layers)) * len(layers),
-        title=alt.Title(f"Sensitivity of the {panel.kind}", subtitle=[panel.proxy, key]),
-    )
+    return plot

@@ -21,7 +21,7 @@ def render(folder: StudyFolder, front: Front, format: str) -> bytes:
         return (json.dumps(front.to_json(), indent=1, allow_nan=False) + "\n").encode()
     if format == "csv":
         return front_csv(front).encode()
-    # Altair is slow to import, and whoever only reads a front does without it.
+    # The drawing code is loaded for whoever draws.
     if format == "png":
         from adq.search.report.charts import picture
 

@@ -102,7 +102,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
         "from adq.cli import main\n"
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code\n"
-        "heavy = {'torch', 'optuna', 'ray', 'sklearn', 'altair', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'optuna', 'ray', 'sklearn', 'vl_convert', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

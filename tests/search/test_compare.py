@@ -1,10 +1,14 @@
 """Fronts beside each other: one reference for all, and what can't be compared is refused."""
 
 import csv
+import html
 import io
 import json
+import re
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -108,19 +112,25 @@ def test_every_format_holds_every_model() -> None:
 
 def test_the_page_loads_nothing_and_keeps_names_as_text() -> None:
     text = render(BOTH, "html").decode()
-    assert "default-src 'none'" in text
-    _, _, rest = text.partition('id="fronts-spec">')
-    spec = json.loads(rest.partition("</script>")[0])
-    rows = [row for rows in spec["datasets"].values() for row in rows]
-    drawn = {(r["study"], r["model"]): (r["cost"], r["metric"]) for r in rows if "model" in r}
-    assert drawn == {
-        (given.study, p.id): (p.average_bits, p.metric)
-        for given in (CHEAP, DEAR)
-        for p in given.points
-    }
-    assert {r["model"] for r in rows if r.get("best") and r["study"] == "cheap"} == {"t2"}
-    body = text.partition("<main>")[2]
+    assert "default-src 'none'" in html.unescape(text)
+    svg = ElementTree.fromstring(
+        re.findall(r"<svg class=\"plot\".*?</svg>(?=\s*<figcaption)", text, re.S)[0]
+    )
+    marks = [mark for mark in svg.iter("g") if mark.get("data-study")]
+    assert [(mark.get("data-study"), mark.get("data-point")) for mark in marks] == [
+        (given.study, point.id) for given in (CHEAP, DEAR) for point in given.points
+    ]
+    best = {mark.get("data-point") for mark in marks if "chosen" in str(mark.get("class"))}
+    assert best == {"t2", "t1"}
+    across = [float(mark.find("svg").get("x", "").removesuffix("%")) for mark in marks]
+    costs = [point.average_bits for given in (CHEAP, DEAR) for point in given.points]
+    slopes = [
+        (b - a) / (d - c) for (a, b), (c, d) in zip(pairwise(across), pairwise(costs), strict=True)
+    ]
+    assert slopes == pytest.approx([slopes[0]] * 4, rel=1e-3), "evenly, in the cost's unit"
+    body = text.partition('<main id="content">')[2]
     assert '<th scope="row">&lt;/script&gt;</th><td>2</td>' in body
+    assert '<th scope="row">&lt;/script&gt;</th><td>t1</td><td>0.90 ± 0.12</td>' in body
     assert "Hypervolumes are up to accuracy 0 and 4.4 bits a weight" in body
 
 

@@ -1,17 +1,19 @@
 """The report says what the records say: every number read back from the files and compared."""
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
@@ -22,15 +24,30 @@ from adq.proxies.costs import Costs
 from adq.quant.errors import InputError
 from adq.quant.evaluate import Evaluation
 from adq.quant.files import write_json, write_text
-from adq.quant.spec import BitVector
+from adq.quant.spec import FP32_BITS, BitVector
 from adq.search.candidate import Record, Rung
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name
 from adq.search.folder import FINAL, TRIALS, StudyFolder
 from adq.search.front import Front, Point, point_of
 from adq.search.report import FORMATS, render, write_report
+from adq.search.report.bits_chart import bits_panels
+from adq.search.report.charts import page_sensitivities
 from adq.search.report.command import command_line
-from adq.search.report.front_chart import free_corner
-from adq.search.report.theme import FP32_BITS, ORANGE
+from adq.search.report.facts import Facts, read_facts
+from adq.search.report.front_chart import front_chart, front_keys
+from adq.search.report.history_chart import history_chart, running_best
+from adq.search.report.sensitivity_chart import all_scores, log_axis, sensitivity_chart
+from adq.search.report.svg import Scale
+from adq.search.report.theme import (
+    DARK,
+    DARK_RAMP,
+    LIGHT,
+    RAMP,
+    SERIES,
+    WIDTHS,
+    contrast,
+    variables,
+)
 from adq.search.report.units import UNITS, metric_format, padded
 
 LAYERS = (
@@ -186,7 +203,7 @@ def page(study: Study) -> "Page":
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: elements, texts, tables, chart specifications."""
+    """What a browser would make of the page: elements, texts, tables."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -196,9 +213,6 @@ class Page(HTMLParser):
         self.inside: list[str] = []
         self.in_cell = False
         self.feed(text)
-        self.specs = {
-            id: json.loads(text) for id, text in self.texts.items() if id.endswith("-spec")
-        }
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -229,22 +243,35 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.elements)
 
 
-def data_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """All rows of data in a chart's specification."""
-    return [row for rows in spec["datasets"].values() for row in rows]
+@dataclass(frozen=True)
+class Drawn:
+    """A chart read back: what the places of its marks say by the texts of its axes."""
+
+    svg: Element
+
+    def value(self, axis: str, place: str, log: bool = False) -> float:
+        """What a place says: a straight line through two ticks of the axis, in logarithms where
+        those are even."""
+        class_ = {"x": "middle", "y": "end"}[axis]
+        ticks = [t for t in self.svg.find("g").findall("text") if t.get("class") == class_]
+        places = [number(tick.get(axis)) - (4 if axis == "y" else 0) for tick in ticks]
+        values = [float(str(tick.text).replace(",", "")) for tick in ticks]
+        values = [math.log(value) for value in values] if log else values
+        slope = (values[-1] - values[0]) / (places[-1] - places[0])
+        found = values[0] + slope * (number(place) - places[0])
+        return math.exp(found) if log else found
+
+    def models(self) -> dict[str, Element]:
+        return {m.get("data-point"): m for m in self.svg.iter("g") if m.get("role") == "radio"}
 
 
-def charts_in(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield spec
-    for key in ("layer", "hconcat", "vconcat"):
-        for part in spec.get(key, []):
-            yield from charts_in(part)
+def number(place: str | None) -> float:
+    """Percentages and pixels alike."""
+    return float(str(place).removesuffix("%"))
 
 
-def domains(spec: dict[str, Any], channel: str) -> set[tuple[Any, ...]]:
-    """The different ranges or orders that a channel's scales have in a chart."""
-    encodings = [chart.get("encoding", {}).get(channel, {}) for chart in charts_in(spec)]
-    return {tuple(e["scale"]["domain"]) for e in encodings if "domain" in e.get("scale", {})}
+def facts_of(study: Study) -> Facts:
+    return read_facts(study.folder, study.front)
 
 
 def test_front_csv_read_back_is_the_points(study: Study) -> None:
@@ -292,28 +319,35 @@ def test_the_picture_is_a_png_of_moderate_size_that_shows_the_best_point(study: 
         assert 1200 <= image.width <= 2400
         assert 800 <= image.height <= 2400
         colours = {rgb for _, rgb in image.convert("RGB").getcolors(1 << 20) or []}
-    assert tuple(bytes.fromhex(ORANGE[1:])) in colours
+    assert tuple(bytes.fromhex(LIGHT["orange"][1:])) in colours
     assert len(colours) > 50
 
 
 def test_the_page_loads_nothing(page: Page) -> None:
     for tag, attributes in page.elements:
-        assert not {"src", "href", "srcset", "data", "poster", "action"} & set(attributes), tag
+        assert not {"src", "srcset", "data", "poster", "action", "style"} & set(attributes), tag
         assert not [name for name in attributes if name.startswith("on")], tag
+        assert (attributes.get("href") or "#").startswith("#"), tag
     assert not re.search(r"@import|url\(", page.texts["style"])
     policy = next(a["content"] for _, a in page.elements if "http-equiv" in a)
     assert policy is not None
     assert "default-src 'none'" in policy
     assert "http" not in policy
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(page.texts[tag].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
 def test_names_and_errors_stay_text(page: Page) -> None:
-    assert page.count("script") == 4 + 2
+    assert page.count("script") == 2
     assert page.count("html") == page.count("body") == page.count("main") == 1
     assert page.count("b") == page.count("img") == 0
     assert page.row("2")[-1] == f"failed: {ERROR}"
-    for name in ("bits-spec", "sensitivity-spec"):
-        assert {row["layer"] for row in data_of(page.specs[name])} == set(LAYERS)
+    assert ["trial failed: non-finite", "1", "2", ERROR] in page.rows
+    first = [row[0] for row in page.rows if row]
+    assert all(first.count(layer) == 2 + 2 for layer in LAYERS), "costs, bits, two proxies"
+    assert set(json.loads(page.texts["models-data"])["models"]) == set(USUAL)
 
 
 def test_the_page_has_headings_captions_scopes_and_a_language(page: Page) -> None:
@@ -321,7 +355,9 @@ def test_the_page_has_headings_captions_scopes_and_a_language(page: Page) -> Non
     assert page.count("h1") == 1
     assert page.count("caption") == page.count("table")
     assert all(a.get("scope") in ("col", "row") for tag, a in page.elements if tag == "th")
-    assert all(len(spec["description"]) > 20 for spec in page.specs.values())
+    plots = [a for tag, a in page.elements if tag == "svg" and a.get("class") == "plot"]
+    assert len(plots) == 1 + 1 + 2 + 1 + 1, "front, bars, two proxies, losses, history"
+    assert all(len(plot["aria-label"] or "") > 20 for plot in plots)
 
 
 def test_every_model_is_in_the_table_with_its_numbers(study: Study, page: Page) -> None:
@@ -345,11 +381,15 @@ def test_every_model_is_in_the_table_with_its_numbers(study: Study, page: Page) 
 def test_final_models_that_are_not_on_the_front_are_named_with_the_reason(
     study: Study, page: Page
 ) -> None:
-    assert "t0003 (beaten by others)" in page.texts["p"]
-    assert f"t0005 ({ERROR})" in page.texts["p"]
+    what = "final model not on the front"
+    assert [what, "1", "t0003", "beaten by others"] in page.rows
+    assert [what, "1", "t0005", ERROR] in page.rows
     front = study.front.within({"average_bits": 2.6})
     tighter = Page(render(study.folder, front, "html").decode())
-    assert "t0004 (over the budget)" in tighter.texts["p"]
+    assert [what, "3", "t0003, t0004, t0008", "over the budget"] in tighter.rows
+    dear = [str(int(t.id)) for t in study.trials if t.costs.average_bits > 2.6 and t.validation]
+    (row,) = [row for row in tighter.rows if row and row[0] == "trial over the budget"]
+    assert row[2].split(", ") == dear
     assert "with at most 2.6 bits a weight and 300 kB" in tighter.texts["p"]
     assert not [row for row in page.rows if row and row[0].startswith(("t0003", "t0005"))]
 
@@ -367,70 +407,73 @@ def test_every_trial_is_in_the_table_with_its_numbers(study: Study, page: Page) 
             assert row[5] == "done"
 
 
-def test_the_front_chart_holds_every_model_and_its_axes_hold_every_bar(page: Page) -> None:
-    spec = page.specs["front-spec"]
-    above = spec["vconcat"][0]
-    drawn = {row["point"]: row for row in data_of(spec) if "metric_text" in row}
-    assert {id: (r["cost"], r["metric"]) for id, r in drawn.items()} == USUAL
-    assert [id for id, r in drawn.items() if "best" in r["kind"]] == ["t0008"]
-    assert {r["metric"] for r in data_of(spec) if "FP32" in str(r.get("name"))} == {0.9876}
-    assert {r["cost"] for r in data_of(spec) if "budget" in str(r.get("name"))} == {3.25}
-    ((left, right),) = domains(above, "x")
-    ((low, high),) = domains(above, "y")
-    assert left < min(2.0, 3.25)
-    assert right > max(4.0, 3.25)
-    for row in drawn.values():
-        assert row["high"] - row["metric"] == pytest.approx(0.0042)
-        assert row["metric"] - row["low"] == pytest.approx(0.0042)
-        assert low < row["low"] < row["high"] < high
-    assert low < 0.9876 < high
+def test_the_front_chart_holds_every_model_and_its_axes_hold_every_bar(study: Study) -> None:
+    plot = front_chart(facts_of(study))
+    drawn = Drawn(plot.svg)
+    assert set(drawn.models()) == set(USUAL)
+    for id, mark in drawn.models().items():
+        cost, metric = USUAL[id]
+        bar, place = mark.find("line"), mark.find("svg")
+        assert drawn.value("x", place.get("x")) == pytest.approx(cost, abs=1e-3)
+        assert drawn.value("y", place.get("y")) == pytest.approx(metric, abs=2e-5)
+        for end, sign in (("y1", -1), ("y2", 1)):
+            at = drawn.value("y", bar.get(end))
+            assert at == pytest.approx(metric + sign * 0.0042, abs=2e-5)
+            assert plot.top < number(bar.get(end)) < plot.top + plot.height
+        assert 0 < number(place.get("x")) < 100
+        assert mark.get("aria-checked") == ("true" if id == "t0008" else "false")
+    lines = {e.get("class"): e for e in drawn.svg.iter("line")}
+    assert drawn.value("y", lines["dash"].get("y1")) == pytest.approx(0.9876, abs=2e-5)
+    assert drawn.value("x", lines["budget"].get("x1")) == pytest.approx(3.25, abs=1e-3)
 
 
-def test_the_model_under_the_pointer_shows_its_bits(study: Study, page: Page) -> None:
-    """Without a browser: what is selected at first, on what, and the rows that it chooses from."""
-    spec = page.specs["front-spec"]
-    (pointed,) = spec["params"]
-    assert pointed["value"] == [{"point": "t0008"}]
-    assert pointed["select"]["fields"] == ["point"]
-    assert pointed["select"]["on"].startswith("pointerover")
-    models = next(c for c in charts_in(spec) if c.get("name") == pointed["views"][0])
-    ids = [row["point"] for row in spec["datasets"][models["data"]["name"]]]
-    assert ids == ["t0001", "t0004", "t0008"]
-    filtered = [c for c in charts_in(spec["vconcat"][1]) if "transform" in c]
-    assert all(c["transform"][0]["filter"]["param"] == pointed["name"] for c in filtered)
-    bars, names = (spec["datasets"][c["data"]["name"]] for c in filtered)
-    assert {(row["point"], row["layer"]): row["bits"] for row in bars} == {
-        (point.id, layer): bits
-        for point in (*study.front.points, *study.front.uniform)
-        for layer, bits in point.weight_bits.items()
-    }
-    assert {row["point"]: row["name"] for row in names}["t0004"] == "t0004: 2.800 bits a weight"
+def test_the_page_holds_the_bits_of_every_model_that_can_be_chosen(
+    study: Study, page: Page
+) -> None:
+    """What the script shows; that it does is seen in a browser."""
+    data = json.loads(page.texts["models-data"])
+    assert data["best"] == "t0008"
+    for point in (*study.front.points, *study.front.uniform):
+        model = data["models"][point.id]
+        assert dict(zip(LAYERS, model["weight"], strict=True)) == point.weight_bits
+        assert [row[:2] for row in model["rows"]] == [
+            [str(point.weight_bits[layer]), str(point.act_bits[layer])] for layer in LAYERS
+        ]
+    assert data["models"]["t0008"]["title"] == "t0008 (best)"
+    assert "2.800 bits a weight, " in data["models"]["t0004"]["summary"]
 
 
 def test_the_page_and_the_chart_name_the_knee_and_the_hypervolume(study: Study, page: Page) -> None:
     assert study.front.knee == study.front.points[1]
-    kinds = {
-        row["point"]: row["kind"] for row in data_of(page.specs["front-spec"]) if "kind" in row
-    }
-    assert kinds["t0004"] == "knee, t0004"
-    assert kinds["t0001"] == "front"
+    texts = [key.text for key in front_keys(facts_of(study))]
+    assert texts[:3] == ["front", "knee, t0004", "best by validation, t0008"]
     assert page.texts["p"].count("bends most") == 1
     volume = f"{study.front.hypervolume():.4f}"
     reference = "accuracy 0 and 3.575 bits a weight and 330 kB"
     assert f"Its hypervolume is {volume}, up to {reference}" in page.texts["/strong"]
 
 
-def test_the_bits_chart_holds_every_cell_in_model_order(study: Study, page: Page) -> None:
-    spec = page.specs["bits-spec"]
-    assert len(spec["hconcat"]) == 1, "all inputs have 8 bits"
-    drawn = {(row["point"], row["layer"]): row["bits"] for row in data_of(spec)}
-    assert drawn == {
-        (point.id, layer): bits
-        for point in study.front.points
-        for layer, bits in point.weight_bits.items()
-    }
-    assert domains(spec, "y") == {LAYERS}
-    assert domains(spec, "x") == {("t0001", "t0004", "t0008")}
+def test_the_map_of_bits_holds_every_cell_in_model_order(study: Study, page: Page) -> None:
+    header = page.rows.index(["layer", "t0001", "t0004", "t0008"])
+    cells = page.rows[header + 1 : header + 1 + len(LAYERS)]
+    assert cells == [
+        [layer, *(str(point.weight_bits[layer]) for point in study.front.points)]
+        for layer in LAYERS
+    ]
+    assert ["layer", "t0001", "t0004", "t0008"] not in page.rows[header + 1 :], "inputs: all 8"
+    (panel,) = bits_panels(facts_of(study))
+    texts = [text.text for text in panel.svg.iter("text")]
+    assert texts.count("8") == 0
+    assert [t for t in texts if t in "2345678"] == [cell for row in cells for cell in row[1:]]
+
+
+def shown_input_bits(study: Study) -> list[int]:
+    """The second map of bits, of a study with one point."""
+    header = ["layer", study.front.points[0].id]
+    rows = study.page.rows
+    last = max(i for i, row in enumerate(rows) if row == header)
+    assert rows.index(header) < last, "weights come first"
+    return [int(row[1]) for row in rows[last + 1 : last + 1 + len(LAYERS)]]
 
 
 def test_searched_input_bits_get_a_chart_of_their_own(tmp_path: Path) -> None:
@@ -441,18 +484,12 @@ def test_searched_input_bits_get_a_chart_of_their_own(tmp_path: Path) -> None:
     made = make_study(
         tmp_path, [record("0000", [2] * 5, 0.9)], finals, [], config=config, act_table=table
     )
-    page = made.page
-    weights, inputs = page.specs["bits-spec"]["hconcat"]
-    assert weights["title"]["text"] == "Bits of the weights"
-    assert inputs["title"]["text"] == "Bits of the inputs"
-    cells = page.specs["bits-spec"]["datasets"][inputs["data"]["name"]]
-    assert [cell["bits"] for cell in cells] == [4, 8, FP32_BITS, FP32_BITS, FP32_BITS]
-    titles = [panel["title"] for panel in page.specs["sensitivity-spec"]["hconcat"]]
-    assert [(t["text"].split()[-1], t["subtitle"][0]) for t in titles] == [
-        ("weights", "hessian"),
-        ("weights", "fisher"),
-        ("inputs", "fisher"),
-    ]
+    assert shown_input_bits(made) == [4, 8, FP32_BITS, FP32_BITS, FP32_BITS]
+    assert len(bits_panels(facts_of(made))) == 2
+    titles = [drawn.title for drawn in page_sensitivities(facts_of(made).proxies)]
+    assert titles == ["hessian, weights", "fisher, weights", "fisher, inputs"]
+    ticks = [a for tag, a in made.page.elements if tag == "line" and a.get("class") == "tick"]
+    assert len(ticks) == len(LAYERS)
 
 
 def test_input_bits_that_only_layers_are_given_are_drawn(tmp_path: Path) -> None:
@@ -462,9 +499,7 @@ def test_input_bits_that_only_layers_are_given_are_drawn(tmp_path: Path) -> None
     made = make_study(
         tmp_path, trials, [record("t0000", [2] * 5, 0.9, 0.9, act=act)], [], config=config
     )
-    _, inputs = made.page.specs["bits-spec"]["hconcat"]
-    cells = made.page.specs["bits-spec"]["datasets"][inputs["data"]["name"]]
-    assert {cell["layer"]: cell["bits"] for cell in cells} == act
+    assert shown_input_bits(made) == [act[layer] for layer in LAYERS]
 
 
 def test_searched_input_bits_that_came_out_alike_are_drawn(tmp_path: Path) -> None:
@@ -472,50 +507,55 @@ def test_searched_input_bits_that_came_out_alike_are_drawn(tmp_path: Path) -> No
     trials = [record("0000", [2] * 5, 0.9), record("0001", [2] * 5, 0.8, act={})]
     finals = [record("t0000", [2] * 5, 0.9, 0.9)]
     made = make_study(tmp_path, trials, finals, [], config=replace(CONFIG, act_bits=(8, 0)))
-    _, inputs = made.page.specs["bits-spec"]["hconcat"]
-    cells = made.page.specs["bits-spec"]["datasets"][inputs["data"]["name"]]
-    assert [cell["bits"] for cell in cells] == [8] * 5
+    assert shown_input_bits(made) == [8] * 5
 
 
-def test_the_sensitivity_chart_holds_every_score_on_a_positive_axis(page: Page) -> None:
-    spec = page.specs["sensitivity-spec"]
-    ((left, right),) = domains(spec, "x")
-    assert 0 < left < 3e-2 * (1 + 1 / 8) < right
-    for panel in spec["hconcat"]:
-        names = {chart["data"]["name"] for chart in panel["layer"]}
-        marks = [row for name in names for row in spec["datasets"][name] if "value" in row]
-        values = {(m["layer"], m["bits"]): m["value"] for m in marks}
-        assert values == {
-            (layer, bits): SCORES[i, j]
-            for i, layer in enumerate(LAYERS)
-            for j, bits in enumerate((2, 4, 8))
-        }
+def test_the_sensitivity_chart_holds_every_score_on_a_positive_axis(
+    study: Study, page: Page
+) -> None:
+    panels = list(all_scores(facts_of(study).proxies))
+    axis = log_axis([panel.table for panel in panels])
+    assert [panel.proxy for panel in panels] == ["hessian", "fisher"]
+    for panel in panels:
+        drawn = Drawn(sensitivity_chart(panel, axis).svg)
+        marks = [mark for mark in drawn.svg.iter("g") if mark.get("class") == "score"]
+        assert len(marks) == SCORES.size
         for mark in marks:
-            assert left < mark["from"] <= mark["score"] <= mark["to"] < right
-            assert mark["inside"] == (mark["value"] > 1e-10)
-            if mark["inside"]:
-                assert mark["score"] == mark["value"]
-        chosen = {(m["layer"], m["bits"]) for m in marks if m["chosen"]}
-        assert chosen == set(zip(LAYERS, (4, 4, 2, 4, 4), strict=True))
-        assert "triangle" in panel["title"]["subtitle"][1]
+            i, j = int(mark.get("data-layer")), (2, 4, 8).index(int(mark.get("data-bits")))
+            place = mark.find("svg")
+            assert 0 < number(place.get("x")) < 100
+            if SCORES[i, j] < 1e-10:
+                assert place.find("circle").get("class") == "ring", "a triangle at the left end"
+                assert number(place.get("x")) < 6
+                continue
+            at = drawn.value("x", place.get("x"), log=True)
+            assert at == pytest.approx(SCORES[i, j], rel=2e-2), "0.05 % of seven decades"
+            low, high = (number(mark.find("line").get(end)) for end in ("x1", "x2"))
+            assert 0 < low < number(place.get("x")) < high < 100
+    ringed = json.loads(page.texts["models-data"])["models"]["t0008"]["weight"]
+    assert ringed == [4, 4, 2, 4, 4]
 
 
-def test_the_history_holds_every_trial_and_a_slow_running_best(study: Study, page: Page) -> None:
-    drawn = data_of(page.specs["history-spec"])
-    done = {r["trial"]: r["metric"] for r in drawn if "metric_text" in r}
-    failed = {r["trial"]: r["error"] for r in drawn if "error" in r}
-    best = {r["trial"]: r["metric"] for r in drawn if "metric" in r and "cost" not in r}
+def test_the_history_holds_every_trial_and_a_slow_running_best(study: Study) -> None:
+    drawn = Drawn(history_chart(facts_of(study)).svg)
     metrics = [None if t.validation is None else t.validation.metric for t in study.trials]
-    assert done == {i: m for i, m in enumerate(metrics) if m is not None}
-    assert failed == {2: ERROR}
+    circles = [c for c in drawn.svg.iter("circle") if c.get("cx")]
+    found = {
+        round(drawn.value("x", c.get("cx")), 2): drawn.value("y", c.get("cy")) for c in circles
+    }
+    assert found == pytest.approx({i: m for i, m in enumerate(metrics) if m is not None}, abs=1e-4)
+    (cross,) = [e for e in drawn.svg.iter("path") if e.get("class") == "lost"]
+    assert ERROR in str(cross.find("title").text)
+    best = dict(running_best(study.trials))
     for i in range(len(metrics)):
         slow = -math.inf
         for metric in metrics[: i + 1]:
             if metric is not None and metric > slow:
                 slow = metric
         assert best[i] == slow
-    ((low, high),) = domains(page.specs["history-spec"], "y")
-    assert low < 0.89 < 0.97 < high
+    (steps,) = [e for e in drawn.svg.iter("path") if e.get("class") == "curve step"]
+    last = str(steps.get("d")).rpartition("L")[2].split()[1]
+    assert drawn.value("y", last) == pytest.approx(best[11], abs=1e-3)
 
 
 def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
@@ -541,9 +581,11 @@ def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
     assert not any("test" in cell for row in page.rows for cell in row)
     assert page.row("3")[2] == "0.8500 ± 0.0042"
     assert page.row("3")[-1] == "stopped after 1 epochs"
-    drawn = data_of(page.specs["history-spec"])
-    assert [(r["trial"], r["metric"]) for r in drawn if "state" in r] == [(3, 0.85)]
-    assert [r["trial"] for r in drawn if "error" in r] == [2]
+    drawn = Drawn(history_chart(facts_of(made)).svg)
+    (ring,) = [c for c in drawn.svg.iter("circle") if "open" in str(c.get("class"))]
+    assert drawn.value("x", ring.get("cx")) == pytest.approx(3, abs=0.01)
+    assert drawn.value("y", ring.get("cy")) == pytest.approx(0.85, abs=1e-4)
+    assert "trial stopped early" in {row[0] for row in page.rows if row}
 
 
 @pytest.mark.parametrize(
@@ -564,13 +606,20 @@ def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
             seed=11,
             device="cuda:1",
             study="*",
-            storage="postgresql://u:p@h/db?x=1&y=2",
+            storage="postgresql://u@h/db?x=1&y=2",
             out='quote"d',
         ),
     ],
 )
 def test_the_command_line_gives_the_configuration_back(config: StudyConfig) -> None:
     assert read_command(command_line(config)) == config
+
+
+def test_a_password_is_not_shown(tmp_path: Path) -> None:
+    storage = {"storage": "postgresql://me:secret@db/studies"}
+    assert "me:***@db" in command_line(replace(CONFIG, **storage))
+    made = usual(tmp_path, config=replace(CONFIG, **storage))
+    assert "secret" not in render(made.folder, made.front, "html").decode()
 
 
 def test_the_page_shows_the_command_line(study: Study, page: Page) -> None:
@@ -613,19 +662,18 @@ def test_a_single_point_without_uniform_models_is_a_whole_report(tmp_path: Path)
     assert page.row("t0000 (best)")[1] == "-1.5 ± 0"
     assert "uniform" not in page.texts["p"]
     assert ["model", "test log-likelihood <x>"] in [row[:2] for row in page.rows]
-    above = page.specs["front-spec"]["vconcat"][0]
-    ((left, right),) = domains(above, "x")
-    ((low, high),) = domains(above, "y")
-    assert left < 9.123 * 2 < 300 < right, "kB, with the budget of 0.3 MB"
-    assert low < -1.5 < -0.75 < high
-    ((low, high),) = domains(page.specs["history-spec"], "y")
-    assert low < -1.25 < high
+    front = front_chart(facts_of(made))
+    assert front.x.low < 9.123 * 2 < 300 < front.x.high, "kB, with the budget of 0.3 MB"
+    assert front.y.low < -1.5 < -0.75 < front.y.high
+    history = history_chart(facts_of(made))
+    assert history.y.low < -1.25 < history.y.high
 
 
 def test_scores_that_are_all_zero_still_have_an_axis(tmp_path: Path) -> None:
     made = usual(tmp_path, scores=np.zeros_like(SCORES))
-    ((left, right),) = domains(made.page.specs["sensitivity-spec"], "x")
+    left, right = log_axis([panel.table for panel in all_scores(facts_of(made).proxies)])
     assert 0 < left < right
+    assert "triangles" in made.page.texts["p"]
     assert render(made.folder, made.front, "png").startswith(b"\x89PNG")
 
 
@@ -664,13 +712,28 @@ def test_numbers_are_shown_in_readers_units() -> None:
         assert low < alone < high
 
 
-def test_a_name_goes_where_no_mark_is() -> None:
-    here = (300.0, 100.0)
-    assert free_corner(here, 60, [here], 640) == (1, 1)
-    assert free_corner(here, 60, [here, (330.0, 112.0)], 640) == (1, -1)
-    assert free_corner(here, 60, [here, (330.0, 112.0), (330.0, 88.0)], 640) == (-1, 1)
-    assert free_corner((620.0, 100.0), 60, [], 640)[0] == -1
-    assert free_corner((5.0, 100.0), 60, [(40.0, 100.0)], 640)[0] == 1
+def test_texts_and_marks_stand_out_in_the_light_and_in_the_dark() -> None:
+    """Contrast as WCAG 2.2 asks for: 4.5 for texts, 3 for marks; black on white has 21."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    for colours, ramp in ((LIGHT, RAMP), (DARK, DARK_RAMP)):
+        for text in ("ink", "grey", "accent", "link"):
+            assert contrast(colours[text], colours["bg"]) >= 4.5
+            assert contrast(colours[text], colours["panel"]) >= 4.5
+        for mark in ("blue", "orange", "green", "purple", *SERIES):
+            assert contrast(colours[mark], colours["bg"]) >= 3
+        for bits, colour in zip(WIDTHS, ramp, strict=True):
+            assert contrast(variables(colours, ramp)[f"t{bits}"], colour) >= 4.5
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert [text for _, text in Scale(2.1, 3.3).ticks(6)] == ["2.2", "2.4", "2.6", "2.8", "3.0",
+                                                            "3.2"]  # fmt: skip
+    assert [text for _, text in Scale(-0.5, 3.5, whole=True).ticks(9)] == ["0", "1", "2", "3"]
+    assert [text for _, text in Scale(2e-6, 3e-2, log=True).ticks(9)] == ["1e-5", "0.0001",
+                                                                      "0.001", "0.01"]  # fmt: skip
+    assert [value for value, _ in Scale(0.15, 0.7, log=True).ticks(4)] == pytest.approx([0.2, 0.5])
+    assert Scale(1, 100, log=True).share(10) == pytest.approx(0.5)
 
 
 def test_every_cost_of_a_point_has_a_unit() -> None:
