@@ -21,7 +21,7 @@ from adq.quant.scheme import (
     Scheme,
     WeightMethod,
 )
-from adq.quant.spec import MAX_BITS, MIN_BITS
+from adq.quant.spec import MAX_BITS, MIN_BITS, BitVector
 from adq.search.budget import Budget
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class StudyConfig:
     task: str = _option(
         "digits",
         "text",
-        "digits, imagefolder:PATH, webdataset:PATH, cifar10:PATH, or mymodule:make_task; a path may "
-        "have options behind it, like photos,size=160,batch=256,workers=8",
+        "digits, imagefolder:PATH, webdataset:PATH, cifar10:PATH, or mymodule:make_task; behind a "
+        "path options, like photos,size=160,batch=256,workers=8",
     )
     model: str | None = _option(None, "text", "a torchvision model's name, for image tasks")
     weights: str | None = _option(
@@ -118,7 +118,8 @@ class StudyConfig:
         None,
         "layers",
         "other choices for some layers, by name or pattern: conv1=8,layer4.*=2+3,fc=4+8/8 (weight "
-        "bits, and after a slash input bits; a single number pins)",
+        "bits, and after a slash input bits; a single number pins), or a file like a study's "
+        "best.bits.json, which pins all layers",
     )
     proxies: str = _option(
         "kl,gauss-newton-trace", "text", f"scores to start the search from: {', '.join(PROXIES)}"
@@ -500,7 +501,10 @@ def _sum_of_bits(text: str, fp32: bool = False) -> tuple[int, ...]:
 
 
 def _layers(value: Any) -> str | None:
-    """Either form as text, in one spelling; None for anything else."""
+    """Each form as text, in one spelling; None for anything else.
+
+    Raises InputError for a file that is no bit vector.
+    """
 
     def text_of(entry: Any) -> str:
         numbers = _whole_numbers(entry)
@@ -519,6 +523,9 @@ def _layers(value: Any) -> str | None:
         act = "/" + text_of(entry["act-bits"]) if "act-bits" in entry else ""
         return f"{name}={weight}{act}"
 
+    if isinstance(value, str) and value.endswith(".json"):
+        pinned = BitVector.load(value)
+        return ",".join(f"{n}={b}/{pinned.act.get(n, 0)}" for n, b in pinned.weight.items())
     try:
         if isinstance(value, Mapping):
             value = ",".join(entry_of(name, entry) for name, entry in value.items())

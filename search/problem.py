@@ -1,6 +1,7 @@
 """What is searched, worked out before anything is trained: layers, choices, costs, limits."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,14 +137,19 @@ def make_problem(config: StudyConfig, task: Task, *, budgeted: bool = True) -> P
         ties,
         layer_bits(config.layers) if config.layers else (),
     )
-    if space.size == 1:
-        raise InputError("bits, act-bits, layers: a single choice leaves nothing to search")
+    if space.size == 1 and config.trials > 1:
+        raise InputError(
+            "bits, act-bits, layers: a single choice leaves nothing to search; --trials 1 trains it"
+        )
     searched = space.searched or tuple(layer.name for layer in layers)
     latency = latency_model(config) if budgeted else None
     if latency is not None:
         latency = RunWider(latency, space.bit_options)
     costs = CostModel(model, layers, searched, config.group_size, latency)
-    check_reachable(limits, *(costs.in_units(ends) for ends in cost_range(space, costs)))
+    smallest, largest = (costs.in_units(ends) for ends in cost_range(space, costs))
+    if space.size == 1:  # nothing is given up, whatever the budget
+        largest = dict.fromkeys(largest, math.inf)
+    check_reachable(limits, smallest, largest)
     if len(limits) > 1:
         terms = option_terms(space, costs)
         indifferent = [np.zeros(len(group)) for group in terms]

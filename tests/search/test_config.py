@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from adq.quant.batches import seeded
 from adq.quant.errors import InputError
+from adq.quant.files import write_json
 from adq.quant.qat import TrainingConfig
 from adq.quant.scheme import Scheme
+from adq.quant.spec import BitVector
 from adq.search.config import (
     OPTIONS,
     PROXIES,
@@ -71,7 +73,7 @@ OPTIONAL += ["fp32_epochs", "study", "storage", "group_size", "start_bits"]
 OPTIONAL += ["layers", "rungs", "time_budget"]
 OPTIONAL += ["dampening", "freeze_above", "budget_latency_ms", "latency", "latency_batch"]
 OPTIONAL += ["workers", "gpus_per_trial", "cpus_per_trial", "ranks", "window"]
-OPTIONAL += ["address", "checkpoints"]
+OPTIONAL += ["address", "checkpoints", "weights_average"]
 
 
 def refused(field: str, value: Any) -> str:
@@ -94,6 +96,7 @@ def test_every_option_is_in_one_of_the_lists_above() -> None:
             *NUMBER,
             *LISTS,
             "distillation",
+            "weights_average",
             "start_bits",
             "proxies",
             "ties",
@@ -169,8 +172,10 @@ def test_words_become_the_scheme_and_the_training() -> None:
 def test_a_share_is_from_0_to_1() -> None:
     for good in (0, 0.5, 1):
         assert StudyConfig(distillation=good).distillation == good
+        assert StudyConfig(weights_average=good).training(1, "cpu").weights_average == good
     for bad in (-0.1, 1.1, math.nan, "1", True):
         assert "a number from 0 to 1" in refused("distillation", bad)
+        assert "a number from 0 to 1" in refused("weights_average", bad)
 
 
 @pytest.mark.parametrize("field", NUMBER)
@@ -239,6 +244,18 @@ def test_ties_are_a_word_or_groups_in_either_form(value: Any, text: str) -> None
 def test_layers_are_given_bits_in_either_form(value: Any, text: str) -> None:
     assert StudyConfig(layers=value).layers == text
     assert StudyConfig(layers=text).layers == text
+
+
+def test_a_file_of_bits_pins_all_of_its_layers(tmp_path: Path) -> None:
+    path = tmp_path / "best.bits.json"
+    bits = BitVector({"conv1": 8, "layer1.0.conv1": 2, "fc": 3}, {"conv1": 8, "fc": 4})
+    write_json(path, bits.to_json())
+    config = StudyConfig(layers=str(path))
+    assert config.layers == "conv1=8/8,layer1.0.conv1=2/0,fc=3/4"
+    path.unlink()  # it is needed no more
+    assert StudyConfig(layers=config.layers).layers == config.layers
+    with pytest.raises(InputError, match=r"best\.bits\.json: not a readable bit-vector file"):
+        StudyConfig(layers=str(path))
 
 
 def test_layers_become_weight_and_input_bits_of_patterns() -> None:

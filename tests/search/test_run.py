@@ -438,6 +438,26 @@ def test_a_uniform_model_on_the_front_is_trained_once(tmp_path: Path) -> None:
     assert resume(found.folder, tiny_task.make_task()) == found.front
 
 
+def test_the_best_bits_of_one_study_are_all_that_another_trains(
+    study: Study, tmp_path: Path
+) -> None:
+    bits = BitVector.load(study.folder.file("best.bits.json"))
+    more = study_in(
+        tmp_path / "runs",
+        layers=str(study.folder.file("best.bits.json")),
+        trials=1,
+        final_epochs=2,
+        weights_average=0.9,
+    )
+    assert [point.weight_bits for point in all_points(more.front)[:1]] == [dict(bits.weight)]
+    assert BitVector.load(more.folder.file("best.bits.json")) == bits
+    (record,) = raw(more, FINAL).values()  # the uniform models are the same one
+    assert len(record["train_losses"]) == 2
+    refusal = "a single choice leaves nothing to search; --trials 1 trains it"
+    with pytest.raises(InputError, match=refusal):
+        study_in(tmp_path / "none", layers=str(study.folder.file("best.bits.json")), trials=2)
+
+
 def test_a_name_that_is_taken_is_refused(study: Study) -> None:
     with pytest.raises(InputError, match="exists already"):
         start(config(study.folder.path.parent), tiny_task.make_task())
