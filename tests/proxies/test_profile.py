@@ -298,3 +298,19 @@ def test_a_real_profile_knows_every_width_and_can_be_looked_up() -> None:
         for width in ((2, 4), (3, None), (5, 4), (8, 4)):
             assert found.seconds(layer, *width) > 0
     assert found.rest_seconds >= 0
+
+
+def test_two_profiles_time_the_same_inputs_whatever_was_drawn_before() -> None:
+    given: list[list[Tensor]] = []
+
+    def runner(_: nn.Module, inputs: list[Tensor], *__: Any) -> Callable[[], object]:
+        given.append(inputs)
+        return lambda: None
+
+    net, x = Net(), torch.randn(3, 2, 8, 8)
+    for _ in range(2):
+        measure(net, trace_layers(net, x), x, [8], [8], CPU, 5, runner=runner)
+    first, second = given[: len(given) // 2], given[len(given) // 2 :]
+    for one, other in zip(first, second, strict=True):
+        assert all(map(torch.equal, one, other))
+        assert all(t.std() > 0.5 for t in one)
