@@ -1,7 +1,5 @@
-"""The public names, used as README shows them."""
+"""The public names."""
 
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +15,6 @@ from adq.quant.export.loading import read_metadata
 from adq.quant.export.packed import packed_tensors
 from adq.quant.modules import AdaptiveWeight, weight_quantizer
 from adq.search.config import make_config
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -131,45 +127,3 @@ def test_a_found_bit_vector_trains_in_somebody_elses_loop(front: adq.Front) -> N
     assert {k for k in packed_tensors(model) if k.endswith(".weight.codes")} == {
         f"{name}.weight.codes" for name in front.best.weight_bits
     }
-
-
-def test_readmes_life_of_a_winner_runs_as_it_stands(tmp_path: Path) -> None:
-    [block] = re.findall(r"From search to inference:\n\n```sh\n(.*?)```", README, re.DOTALL)
-    install, *commands = block.splitlines()
-    assert install.startswith("pip install")
-    quick = " --trials 2 --epochs 1 --final-epochs 1 --fp32-epochs 2 --device cpu"
-    script = "\n".join(commands).replace("--budget-bits 2.8", "--budget-bits 2.8" + quick)
-    done = subprocess.run(
-        ["sh", "-e"],
-        input=script,
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal predictions") == 3
-    assert done.stdout.splitlines()[-1].startswith("tensor([")
-    assert {"mine-best.safetensors", "mine-best.onnx", "mine-best.pt2"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_readmes_own_model_and_python_example_run_as_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task, usage = python_blocks()
-    assert len(task.splitlines()) < 30
-    (tmp_path / "mytask.py").write_text(task)
-    (tmp_path / "usage.py").write_text(usage + "print(model, sorted(bits.weight))\n")
-    done = subprocess.run(
-        [sys.executable, "usage.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Sequential" in done.stdout
-    assert "['0', '2', '4', '6']" in done.stdout
