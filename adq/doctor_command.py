@@ -37,7 +37,8 @@ def doctor(
     The exit code is 2 if a search would fail, else 0.
     """
     from adq.console import print_table
-    from adq.search.doctor import OK, PROBLEM, examine
+    from adq.search.doctor import examine
+    from adq.search.finding import OK, PROBLEM, WARNING
 
     where = out or context.obj or str(OPTIONS["out"].default)
     found = examine(where, storage, checkpoints, address)
@@ -46,7 +47,7 @@ def doctor(
     else:
         header = ["", "what", "found", "what to do"]
         print_table(header, [[each.state, each.check, each.text, each.remedy] for each in found])
-        counts = [sum(each.state == state for each in found) for state in (PROBLEM, "warning", OK)]
+        counts = [sum(each.state == state for each in found) for state in (PROBLEM, WARNING, OK)]
         print("{} problems, {} warnings, {} ok".format(*counts))
     if any(each.state == PROBLEM for each in found):
         sys.exit(2)

@@ -23,8 +23,8 @@ from adq.quant.errors import InputError
 from adq.search.executors.job_server import JobServer
 from adq.search.executors.join import reach, reason_of
 from adq.search.files import open_files
+from adq.search.finding import OK, PROBLEM, WARNING
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
 PACKAGES = ("ray", "torch", "optuna", "adq-search")
 NODE_S, SEEN_S = 60.0, 5.0
 CLOCK_S = 2.0

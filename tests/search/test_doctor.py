@@ -17,8 +17,9 @@ import pytest
 from postgres import PostgresServer, postgres_server
 from ray_cluster import RayCluster, ray_cluster
 
-from adq.search import doctor
-from adq.search.doctor import Finding, file_system
+from adq.search import doctor, doctor_machine, doctor_places
+from adq.search.doctor_places import file_system
+from adq.search.finding import Finding
 
 ADQ = Path(sys.executable).with_name("adq-search")
 
@@ -108,11 +109,11 @@ def test_a_folder_without_rights_or_room_or_locks_is_said(
     usage = shutil.disk_usage(tmp_path)
     for free, state in ((50 * 2**20, "problem"), (2**30, "warning"), (2**40, "ok")):
         monkeypatch.setattr(
-            doctor.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free)
+            doctor_places.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free)
         )
         [found] = check("out folder", out=str(tmp_path))
         assert found.state == state
-    monkeypatch.setattr(doctor, "file_system", lambda path: "nfs4")
+    monkeypatch.setattr(doctor_places, "file_system", lambda path: "nfs4")
     [_, found] = check("out folder", out=str(tmp_path))
     assert (found.check, found.state) == ("storage", "warning")
     assert "--storage journal:" in found.remedy
@@ -132,10 +133,10 @@ def test_the_kind_of_file_system_is_what_df_says(tmp_path: Path) -> None:
 def test_versions_that_are_missing_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name in ("ray", "triton"):
-            raise doctor.importlib.metadata.PackageNotFoundError(name)
+            raise doctor_machine.importlib.metadata.PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor_machine.importlib.metadata, "version", version)
     found = {each.check: each.state for each in check("versions")}
     assert (found["ray"], found["triton"], found["torch"]) == ("problem", "warning", "ok")
 
@@ -162,7 +163,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_a_problem(
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     [found] = check("GPUs")
     assert found.state == "problem"
     assert remedy in found.remedy
@@ -178,7 +179,7 @@ def server() -> Iterator[PostgresServer]:
 def test_a_storage_is_used_and_left_as_it_was(
     server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "SLOW_STORAGE_S", 60)  # this machine may be busy
+    monkeypatch.setattr(doctor_places, "SLOW_STORAGE_S", 60)  # this machine may be busy
     first, second = check("storage", storage=server.url)
     assert first.state == "ok"
     assert "tester:***@" in first.text
@@ -239,7 +240,7 @@ def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path) -> None:
 def test_what_differs_on_a_node_is_said() -> None:
     from adq.search.executors import cluster
 
-    mine = {name: doctor.importlib.metadata.version(name) for name in cluster.PACKAGES}
+    mine = {name: doctor_machine.importlib.metadata.version(name) for name in cluster.PACKAGES}
     look = {"versions": mine | {"python": sys.version.split()[0]}, "read": "", "file": None}
     [found] = cluster._of_node("10.0.0.2", look, (1.0, 0.1), 4)
     assert found[0] == "ok"
