@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from adq.search.run import load_front
 HERE = Path(__file__).parent
 BUILD, SEARCHES = HERE / "build", HERE / "searches.json"
 SEARCHED = "ours-searched"
+STAGES = ("searches", "untuned", "tuned")
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the images")
     parser.add_argument("--workers", type=int, default=1, help="fine-tunings at a time")
     parser.add_argument("--searched", type=Path, help="a study's folder, if not the CIFAR study's")
-    parser.add_argument("--untuned", action="store_true", help="no fine-tuning and no new study")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="what is done last")
     arguments = parser.parse_args()
     found: dict[str, Any] = read_json(SEARCHES) if SEARCHES.exists() else {}
     for name in [name for name in SEARCHERS if "weight_bits" not in found.get(name, {})]:
         found[name] = choose(SEARCHERS[name], arguments.data)
         write_json(SEARCHES, found)
         print(name, found[name], flush=True)
-    if SEARCHED not in found and (arguments.searched or not arguments.untuned):
+    stage = STAGES.index(arguments.until)
+    if SEARCHED not in found and (arguments.searched or stage == STAGES.index("tuned")):
         found[SEARCHED] = from_study(arguments.data, arguments.searched)
         write_json(SEARCHES, found)
     vectors = {
@@ -81,7 +82,9 @@ def main() -> None:
         for name, one in found.items()
         if "weight_bits" in one
     }
-    wanted = runs(vectors, SEEDS if not arguments.untuned else ())
+    wanted = [
+        run for run in runs(vectors) if stage >= STAGES.index("tuned" if run.steps else "untuned")
+    ]
     results = measure(
         wanted, train, HERE / "results.json", arguments.workers, start, (arguments.data,)
     )
@@ -94,13 +97,13 @@ def owners(vectors: dict[str, adq.BitVector]) -> dict[str, str]:
     return {name: first.setdefault(bits.key, name) for name, bits in vectors.items()}
 
 
-def runs(vectors: dict[str, adq.BitVector], seeds: Sequence[int]) -> list[FineTuning]:
+def runs(vectors: dict[str, adq.BitVector]) -> list[FineTuning]:
     """Calibrated ones, then trainings seed by seed; each different vector once."""
     names = list(dict.fromkeys(owners(vectors).values()))
     untuned = [FineTuning("fp32", None, steps=0)]
     untuned += [FineTuning(name, vectors[name], steps=0) for name in names]
     return untuned + [
-        FineTuning(name, vectors[name], seed=seed, steps=EPOCH) for seed in seeds for name in names
+        FineTuning(name, vectors[name], seed=seed, steps=EPOCH) for seed in SEEDS for name in names
     ]
 
 

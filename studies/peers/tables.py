@@ -34,14 +34,16 @@ def report(
     """`found` is searches.json; `owners` says under which name each vector was tuned."""
     names = [name for name in TITLES if name in found]
     rows = {name: numbers(found[name], owners[name], results) for name in names if name in owners}
-    fp32 = results[str(FineTuning("fp32", None, steps=0))]
     header = [
         "bits from", "seconds", "of a processor", "memory before, MB", "largest, MB",
         "average bits", "without the pinned", "top-1 untuned", "cross-entropy untuned",
         "top-1 tuned", "cross-entropy tuned",
     ]  # fmt: skip
-    untuned = [f"{fp32['test_top1']:.2f}", f"{fp32['test_loss']:.4f}"]
-    lines = [["FP32", *[""] * 4, "32", "32", *untuned, "", ""]]
+    lines = []
+    fp32 = results.get(str(FineTuning("fp32", None, steps=0)))
+    if fp32 is not None:
+        untuned = [f"{fp32['test_top1']:.2f}", f"{fp32['test_loss']:.4f}"]
+        lines.append(["FP32", *[""] * 4, "32", "32", *untuned, "", ""])
     for name in names:
         if name in rows:
             lines.append([TITLES[name], *cells(rows[name])])
@@ -70,10 +72,11 @@ def numbers(search: Mapping[str, Any], owner: str, results: Mapping[str, Result]
     }
     row["average_bits"] = average_bits(search["weight_bits"], sizes)
     row["average_bits_without_pinned"] = average_bits(search["weight_bits"], free)
-    untuned = results[str(FineTuning(owner, None, steps=0))]
+    untuned = str(FineTuning(owner, None, steps=0))
     runs = [str(FineTuning(owner, None, seed=seed, steps=EPOCH)) for seed in SEEDS]
     for what in MEASURES:
-        row[f"{what}_untuned"] = untuned[what]
+        if untuned in results:
+            row[f"{what}_untuned"] = results[untuned][what]
         if all(run in results for run in runs):
             x = np.array([results[run][what] for run in runs])
             row[f"{what}_tuned"] = float(x.mean())
