@@ -12,23 +12,33 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
 from PIL import Image
+from written_study import (
+    CONFIG,
+    ERROR,
+    LAYERS,
+    SCORES,
+    USUAL,
+    Study,
+    evaluation,
+    make_study,
+    record,
+    usual,
+)
 
-from adq.proxies.base import Sensitivity, Table
+from adq.proxies.base import Table
 from adq.proxies.costs import Costs
 from adq.quant.errors import InputError
-from adq.quant.evaluate import Evaluation
-from adq.quant.files import write_json, write_text
-from adq.quant.spec import FP32_BITS, BitVector
-from adq.search.candidate import Record, Rung
+from adq.quant.files import write_text
+from adq.quant.spec import FP32_BITS
+from adq.search.candidate import Rung
 from adq.search.config import OPTIONS, StudyConfig, make_config, option_name
-from adq.search.folder import FINAL, TRIALS, StudyFolder
-from adq.search.front import Front, Point, point_of
+from adq.search.folder import FINAL
+from adq.search.front import Point
 from adq.search.report import FORMATS, render, write_report
 from adq.search.report.bits_chart import bits_panels
 from adq.search.report.charts import page_sensitivities
@@ -50,144 +60,7 @@ from adq.search.report.theme import (
 )
 from adq.search.report.units import UNITS, metric_format, padded
 
-LAYERS = (
-    "</script><b>bold</b>",
-    "blocks.0.attn/qkv:w[0]",
-    "q'uo\"te & <!-- \\ {{ 7*7 }} \u2028",
-    "a.name.of.many.parts.that.is.longer.than.any.label.may.be.conv1",
-    "head",
-)
 FILES = ("front.json", "front.csv", "front.png", "report.html")
-ERROR = "loss is nan <img src=http://example.org/x.png onerror=alert(1)>"
-SCORES = np.array(
-    [
-        [3e-2, 1e-3, 1e-16],  # far below the axis
-        [1e-2, 2e-3, 0.0],
-        [5e-3, 1e-4, -2e-5],
-        [1e-3, 9e-4, 4e-4],
-        [2e-4, 1e-4, 3e-5],
-    ]
-)
-CONFIG = StudyConfig(
-    task="imagefolder:/data/two words/it's",
-    model="resnet18",
-    budget_bits=3.25,
-    budget_size_mb=0.1 + 0.2,
-    bits=(2, 4, 8),
-    trials=12,
-    lr=3e-4,
-    study="nasty",
-)
-
-
-def evaluation(metric: float, stderr: float = 0.0042) -> Evaluation:
-    return Evaluation(loss=1.5 - metric, metric=metric, metric_stderr=stderr, samples=450)
-
-
-def record(
-    id: str, bits: list[int], validation: float | None, test: float | None = None, **more: Any
-) -> Record:
-    weight = dict(zip(LAYERS, bits, strict=True))
-    average = sum(bits) / len(bits)
-    return Record(
-        id=id,
-        bits=BitVector(weight, more.pop("act", dict.fromkeys(LAYERS, 8))),
-        seed=7,
-        epochs=3,
-        costs=Costs(average, average / 1.1, 8.0, int(9123 * average), int(1.7e7 * average), None),
-        train_losses=(0.5, 0.25),
-        flips=(0.1, 0.0),
-        dead_levels=(2.0, 0.0),
-        validation=None if validation is None else evaluation(validation),
-        test=None if test is None else evaluation(test),
-        seconds=12.34,
-        weights=None if test is None else f"models/{id}.safetensors",
-        error=ERROR if validation is None else None,
-        **more,
-    )
-
-
-@dataclass(frozen=True)
-class Study:
-    folder: StudyFolder
-    front: Front
-    trials: list[Record]
-
-    @property
-    def page(self) -> "Page":
-        return Page(render(self.folder, self.front, "html").decode())
-
-
-def make_study(
-    root: Path, trials: list[Record], finals: list[Record], uniform: list[Record], **more: Any
-) -> Study:
-    """A folder as it is when the report is written: final training done, no results.json yet."""
-    folder = StudyFolder(root / "nasty")
-    for part in (TRIALS, FINAL, "models"):
-        (folder.path / part).mkdir(parents=True)
-    write_text(folder.file("study.toml"), more.get("config", CONFIG).to_toml())
-    fp32 = more.get("fp32", evaluation(0.9876, 0.0031))
-    write_json(
-        folder.file("fp32.json"),
-        {"train_losses": [], "validation": asdict(evaluation(0.9911)), "test": asdict(fp32)},
-    )
-    scores = more.get("scores", SCORES)
-    weight = Table(LAYERS, (2, 4, 8), scores, np.abs(scores) / 8)
-    proxies = [Sensitivity("hessian", weight, None, 32, 1.0)]
-    proxies.append(Sensitivity("fisher", weight, more.get("act_table"), 128, 1.0))
-    write_json(
-        folder.file("sensitivity.json"), {"proxies": [{"key": "k", **s.to_json()} for s in proxies]}
-    )
-    for kind, records in ((TRIALS, trials), (FINAL, finals + uniform)):
-        for each in records:
-            folder.write_record(kind, each)
-    split = more.get("split", "test")
-    points = tuple(point_of(r, split) for r in more.get("points", finals))
-    front = Front(
-        study="nasty",
-        task=CONFIG.task,
-        metric_name=more.get("metric_name", "accuracy"),
-        fp32_metric=fp32.metric,
-        budget=more.get("config", CONFIG).budget.limits(),
-        objectives=more.get("config", CONFIG).budget.limits(),
-        points=points,
-        uniform=tuple(point_of(r) for r in uniform),
-        split=split,
-        folder=str(folder.path),
-    )
-    return Study(folder, front, trials)
-
-
-USUAL = {
-    "t0001": (2.4, 0.9234567),
-    "t0004": (2.8, 0.9312345),
-    "t0008": (3.6, 0.9298765),
-    "uniform-2": (2.0, 0.9011111),
-    "uniform-4": (4.0, 0.9611111),
-}
-"""id -> (average bits, test metric) of the models below."""
-
-
-def usual(root: Path, **more: Any) -> Study:
-    """Twelve trials, one failed; three points, two more final models; uniform 2 and 4 bits."""
-    metrics = [0.91, 0.93, None, 0.92, 0.95, 0.94, 0.95, 0.9, 0.97, 0.96, 0.89, 0.965]
-    trials = [
-        record(f"{i:04d}", [2 + i % 3, 2, 4, 2 + (i == 4), 8], metric)
-        for i, metric in enumerate(metrics)
-    ]
-    finals = [
-        record("t0001", [2, 2, 2, 4, 2], 0.9312, 0.9234567),
-        record("t0004", [2, 4, 4, 2, 2], 0.9512, 0.9312345),
-        record("t0008", [4, 4, 2, 4, 4], 0.9712, 0.9298765),
-    ]
-    uniform = [
-        record("uniform-2", [2] * 5, 0.9, 0.9011111),
-        record("uniform-4", [4] * 5, 0.96, 0.9611111),
-    ]
-    made = make_study(root, trials, finals, uniform, **more)
-    made.folder.write_record(FINAL, record("t0003", [2, 2, 2, 4, 4], 0.9, 0.91))  # dominated
-    made.folder.write_record(FINAL, record("t0005", [4, 2, 2, 2, 2], None))
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +73,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def page(study: Study) -> "Page":
     return Page(study.folder.file("report.html").read_text(encoding="utf-8"))
+
+
+def page_of(study: Study) -> "Page":
+    return Page(render(study.folder, study.front, "html").decode())
 
 
 class Page(HTMLParser):
@@ -470,7 +347,7 @@ def test_the_map_of_bits_holds_every_cell_in_model_order(study: Study, page: Pag
 def shown_input_bits(study: Study) -> list[int]:
     """The second map of bits, of a study with one point."""
     header = ["layer", study.front.points[0].id]
-    rows = study.page.rows
+    rows = page_of(study).rows
     last = max(i for i, row in enumerate(rows) if row == header)
     assert rows.index(header) < last, "weights come first"
     return [int(row[1]) for row in rows[last + 1 : last + 1 + len(LAYERS)]]
@@ -488,7 +365,7 @@ def test_searched_input_bits_get_a_chart_of_their_own(tmp_path: Path) -> None:
     assert len(bits_panels(facts_of(made))) == 2
     titles = [drawn.title for drawn in page_sensitivities(facts_of(made).proxies)]
     assert titles == ["hessian, weights", "fisher, weights", "fisher, inputs"]
-    ticks = [a for tag, a in made.page.elements if tag == "line" and a.get("class") == "tick"]
+    ticks = [a for tag, a in page_of(made).elements if tag == "line" and a.get("class") == "tick"]
     assert len(ticks) == len(LAYERS)
 
 
@@ -574,7 +451,7 @@ def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
     (first, second) = csv.DictReader(io.StringIO(made.folder.file("front.csv").read_text()))
     assert (first["split"], first["weights"], second["metric"]) == ("validation", "", "0.95")
     assert made.folder.file("front.png").read_bytes().startswith(b"\x89PNG")
-    page = made.page
+    page = page_of(made)
     assert "A partial front:" in page.texts["strong"]
     assert page.row("0001 (best)")[1:3] == ["0.9500 ± 0.0042", "2.800"]
     assert page.row("FP32")[1:3] == ["0.9911 ± 0.0042", "32"], "on validation, as the points are"
@@ -673,7 +550,7 @@ def test_scores_that_are_all_zero_still_have_an_axis(tmp_path: Path) -> None:
     made = usual(tmp_path, scores=np.zeros_like(SCORES))
     left, right = log_axis([panel.table for panel in all_scores(facts_of(made).proxies)])
     assert 0 < left < right
-    assert "triangles" in made.page.texts["p"]
+    assert "triangles" in page_of(made).texts["p"]
     assert render(made.folder, made.front, "png").startswith(b"\x89PNG")
 
 
@@ -682,7 +559,7 @@ def test_a_latency_gets_a_column_and_a_uniform_twin_its_validation_metric(tmp_pa
     best = replace(made.front.best, latency_s=0.00123456)
     twin = replace(made.front.points[0], id="uniform-3")
     front = replace(made.front, points=(*made.front.points[:2], best), uniform=(twin,))
-    page = replace(made, front=front).page
+    page = page_of(replace(made, front=front))
     assert page.row("t0008 (best)")[-1] == "1.235"
     assert page.row("uniform-3")[2] == page.row("t0001")[2] == "0.9312 ± 0.0042"
 
