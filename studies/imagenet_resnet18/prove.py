@@ -4,9 +4,9 @@ In FOLDER, by the same run.py that a full run takes: the search on folders of im
 two workers, killed after its first trial and gone on with; the final training on tar shards, by two
 ranks, killed after its first epoch and gone on with; a final training that nobody kills, to compare
 with; the packed model and the ONNX file. Before, a table of latencies is measured. Writes
-results.json (what each stage took and found) and summary.json (name -> number).
-
-With --summary nothing is run: summary.json is made again from results.json.
+results.json (what each stage took and found), summary.json (name -> number) and README's table.
+It goes on where it was stopped itself. With --summary nothing is run: the last two are made again
+from results.json.
 """
 
 import os
@@ -23,12 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import made_up
 import numpy as np
 import onnxruntime
 import torch
+from grounds.report import table, write_between
 
 import adq
 from adq.quant.files import read_json, write_json
@@ -48,11 +50,15 @@ class Proof:
     """What was run in a folder, and what came of it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.results: dict[str, Any] = {"stages": {}}
+        self.folder, self.kept = folder, folder / "proof.json"
+        self.results: dict[str, Any] = {"stages": {}, "finished_trials_kept": True}
+        if self.kept.exists():
+            self.results = read_json(self.kept)
 
     def run(self, stage: str, words: list[str], until: Callable[[], bool] | None = None) -> None:
         """Run a command to its end, or kill it and all it started once `until` holds."""
+        if stage in self.results["stages"]:
+            return
         started = time.monotonic()
         with open(self.folder / f"{stage}.log", "w") as log:
             process = subprocess.Popen(
@@ -66,13 +72,14 @@ class Proof:
                 time.sleep(0.05)
         killed = process.returncode == -signal.SIGKILL
         seconds = round(time.monotonic() - started, 1)
-        self.results["stages"][stage] = {"seconds": seconds, "killed": killed}
         print(f"{stage}: {seconds} s{', killed' if killed else ''}", file=sys.stderr, flush=True)
         if killed != (until is not None) or (not killed and process.returncode):
             sys.exit(f"{stage}: ended with {process.returncode}, see {log.name}")
+        self.results["stages"][stage] = {"seconds": seconds, "killed": killed}
+        write_json(self.kept, self.results)
 
     def recipe(self, out: str) -> list[str]:
-        """run.py with the search on folders; the final training reads shards, see `shards`."""
+        """run.py with the search on folders; the final training reads shards."""
         data = f"imagefolder:{self.folder / 'data' / 'images'}{TINY}"
         if (self.folder / out / "imagenet-search" / "results.json").exists():
             data = f"webdataset:{self.folder / 'data' / 'shards'}{TINY}"
@@ -88,10 +95,10 @@ def prove(folder: Path) -> dict[str, Any]:
     made_up.write(folder / "data")
     proof = Proof(folder)
     search, final = folder / "runs" / "imagenet-search", folder / "runs" / "imagenet-final"
-    table = ["profile", "times.json", "--device", "cpu", "--bits", "2,4", "--act-bits", "4"]
-    table += ["--task", f"imagefolder:{folder / 'data' / 'images'}{TINY}", "--model", "resnet18"]
+    words = ["profile", "times.json", "--device", "cpu", "--bits", "2,4", "--act-bits", "4"]
+    words += ["--task", f"imagefolder:{folder / 'data' / 'images'}{TINY}", "--model", "resnet18"]
     program = str(Path(sys.executable).with_name("adq-search"))
-    proof.run("profile", [program, *table])
+    proof.run("profile", [program, *words])
 
     trials = search / "trials"
     proof.run("search-killed", proof.recipe("runs"), lambda: any(trials.glob("*.json")))
@@ -99,7 +106,8 @@ def prove(folder: Path) -> dict[str, Any]:
     # stopped once the search is over: from there on the data are the shards
     done = search / "results.json"
     proof.run("search-resumed", proof.recipe("runs"), done.exists)
-    kept = all((trials / name).read_bytes() == content for name, content in before.items())
+    for name, content in before.items():
+        proof.results["finished_trials_kept"] &= (trials / name).read_bytes() == content
 
     checkpoints = final / "checkpoints"
 
@@ -118,7 +126,7 @@ def prove(folder: Path) -> dict[str, Any]:
         folder / "whole" / "imagenet-final" / "best.safetensors"
     ).read_bytes()
     facts = found_in(folder, final)
-    return {**proof.results, **facts, "finished_trials_kept": kept, "resumed_to_same_bits": same}
+    return {**proof.results, **facts, "resumed_to_same_bits": same}
 
 
 def found_in(folder: Path, final: Path) -> dict[str, Any]:
@@ -159,6 +167,32 @@ def summary_of(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
+STAGES = {
+    "profile": "table of latencies measured",
+    "search-killed": "search, two Ray workers, killed after its first trial",
+    "search-resumed": "search gone on with to its end, then killed between the studies",
+    "final-killed": "final training, two ranks, killed after its first epoch",
+    "final-resumed": "final training gone on with; packed model and ONNX file",
+    "final-whole": "the same final training, not killed; packed model and ONNX file",
+}
+
+
+def table_of(results: dict[str, Any]) -> str:
+    seconds = [
+        [STAGES[name], f"{stage['seconds']:.0f}"] for name, stage in results["stages"].items()
+    ]
+    bits, size = results["average_bits"], results["size_bytes"]
+    foretold, agreed = results["size_bytes_predicted"], results["onnx_same_class"]
+    same = "the same bits" if results["resumed_to_same_bits"] else "OTHER bits"
+    kept = "all kept" if results["finished_trials_kept"] else "NOT all kept"
+    facts = f"""
+Finished trials were {kept}, and the final training that was killed ended in {same} as the one
+that was not. The model has {bits:.3f} average bits and {size:,} bytes, {foretold:,} foretold.
+Of one batch of test images the ONNX file puts {agreed:.0%} into the class that the packed model
+does; outputs differ by {results["onnx_largest_difference"]:.1e} at most."""
+    return f"{table(['stage', 'seconds'], seconds)}\n{facts}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
@@ -168,7 +202,9 @@ def main() -> None:
         if options.folder is None:
             parser.error("expected a folder to work in, or --summary")
         write_json(HERE / "results.json", prove(options.folder.absolute()))
-    write_json(HERE / "summary.json", summary_of(read_json(HERE / "results.json")))
+    results = read_json(HERE / "results.json")
+    write_json(HERE / "summary.json", summary_of(results))
+    write_between(HERE / "README.md", {"stages": table_of(results)})
 
 
 if __name__ == "__main__":
