@@ -1,6 +1,7 @@
 """Docstrings as they are read in a terminal: tables of names stay tables.
 
-The rest of a docstring is Markdown as it stands; what is indented, formulas mostly, keeps its lines.
+The rest of a docstring is Markdown as it stands; what is indented, formulas mostly, keeps its
+lines.
 """
 
 import re

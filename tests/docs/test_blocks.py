@@ -1,7 +1,8 @@
 """Every code block of README and of docs/ runs, page by page, as a reader would run them.
 
-Searches get two trials and one epoch, whatever the text asks for; nothing else is changed. Blocks that
-need a cluster, a GPU or a network say so in the page's source, and their options are checked.
+Searches get two trials and one epoch, whatever the text asks for; nothing else is changed. Blocks
+that need a cluster, a GPU or an installation say so in the page's source: of them only the options
+are checked.
 """
 
 import os
