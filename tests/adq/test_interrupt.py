@@ -94,7 +94,7 @@ def count(pattern: str, number: int) -> Callable[[Path], bool]:
 
 # In order of a study's life. Files appear in the middle of the work between them, so that the
 # signal meets FP32 training, a proxy, a trial (its training, or the moment between its record and
-# its tell), final training and the report. tests/search/test_run.py stops at every single stage.
+# its tell), final training and the report. tests/search/run/test_resume.py stops at every stage.
 MOMENTS: list[Callable[[Path], bool]] = [
     lambda study: study.exists(),
     count("fp32.json", 1),
