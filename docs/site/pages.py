@@ -20,7 +20,7 @@ LIST_HERE = "<!-- the studies -->"
 
 
 def pages() -> list[Path]:
-    """Every Markdown file of the documentation, the studies' in alphabetical order."""
+    """Every Markdown file of the documentation."""
     own = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")]
     return [*own, *sorted((ROOT / "docs").glob("*.md")), *studies()]
 
@@ -29,7 +29,7 @@ def studies() -> list[Path]:
     """Those with a README; a study's virtual environments, say, lie deeper or are hidden."""
     folder = ROOT / "studies"
     found = [*folder.glob("[!.]*/README.md"), *folder.glob("[!.]*/[!.]*/README.md")]
-    return sorted(found)
+    return sorted(found, key=lambda path: (len(path.parts), path))  # benchmarks come last
 
 
 def linked(page: Path) -> set[Path]:
