@@ -17,14 +17,19 @@ from adq.proxies.base import (
     Sensitivity,
     Subject,
     Table,
+    aligned,
     combined,
+    in_parts,
     mean_of_parts,
+    predicted,
     quantization_errors,
 )
 from adq.quant import codebook
 from adq.quant.apply import quantize
+from adq.quant.errors import InputError
 from adq.quant.layers import LayerInfo
 from adq.quant.scheme import INITIALISATIONS, Initialisation, Scheme
+from adq.quant.spec import BitVector
 
 scores = st.floats(-10, 10, allow_nan=False)
 
@@ -132,6 +137,32 @@ def test_an_unknown_error_survives_json() -> None:
     table = Table(("a",), (2,), np.array([[1.0]]), np.array([[np.nan]]))
     found = Table.from_json(json.loads(json.dumps(table.to_json())))
     assert np.isnan(found.stderr).all()
+
+
+@pytest.mark.parametrize("kind", [Table, Interactions])
+@pytest.mark.parametrize(
+    ("name", "shape", "number"),
+    [
+        ("score", (2, 3), np.nan),
+        ("score", (2, 3), np.inf),
+        ("score", (3, 2), 1.0),
+        ("stderr", (2, 2), 1.0),
+        ("stderr", (3, 2), 1.0),
+    ],
+)
+def test_scores_that_are_not_finite_or_of_other_shapes_are_refused(
+    kind: type, name: str, shape: tuple[int, int], number: float
+) -> None:
+    own = "score" if kind is Table else "value"
+    name = own if name == "score" else name
+    times = 1 if kind is Table else 2
+    wrong = np.ones(shape * times)
+    wrong.flat[-1] = number
+    data = {"layers": ["a", "b"], "bits": [2, 4, 8]}
+    right = {key: np.ones((2, 3) * times).tolist() for key in (own, "stderr")}
+    assert kind.from_json(data | right).layers == ("a", "b")
+    with pytest.raises(ValueError, match=f"{own}: expected finite numbers of shape"):
+        kind.from_json(data | right | {name: wrong.tolist()})
 
 
 def test_the_mean_of_parts_by_hand() -> None:
@@ -299,3 +330,76 @@ def test_a_proxy_that_expects_no_loss_has_no_say_on_weights_and_keeps_its_inputs
     assert found.weight.score.tolist() == [[3, 1], [1, 0]]
     assert found.act is not None
     assert found.act.score.tolist() == [[9, 1], [5, 0]]
+
+
+def drawn_table(rng: np.random.Generator, layers: tuple[str, ...] = ("a", "b", "c")) -> Table:
+    """Falling with bits, which are in no order."""
+    bits = (4, 2, 8)
+    score = rng.uniform(1, 2, (len(layers), 3)) * 4.0 ** -np.array(bits)
+    return Table(layers, bits, score, rng.uniform(0, 1, score.shape))
+
+
+def drawn_pairs(rng: np.random.Generator) -> Interactions:
+    """Of two of the layers, symmetric, zero with themselves."""
+    half = rng.normal(size=(2, 3, 2, 3))
+    value = half + half.transpose(2, 3, 0, 1)
+    value[[0, 1], :, [0, 1], :] = 0
+    return Interactions(("c", "a"), (4, 2, 8), value, rng.uniform(0, 1, value.shape))
+
+
+def test_what_a_proxy_expects_of_a_bit_vector_is_the_sum_over_layers_inputs_and_pairs() -> None:
+    rng = np.random.default_rng(0)
+    weight, act, pairs = drawn_table(rng), drawn_table(rng, ("a", "c")), drawn_pairs(rng)
+    bits = BitVector({"a": 2, "b": 8, "c": 4}, {"c": 8})  # the input of a stays as it is
+    of_weights = weight.score[0, 1] + weight.score[1, 2] + weight.score[2, 0]
+    assert predicted(Sensitivity("s", weight, None, 1, 0.0), bits) == pytest.approx(of_weights)
+    found = predicted(Sensitivity("s", weight, act, 1, 0.0, pairs=pairs), bits)
+    together = pairs.value[0, 0, 1, 1]  # c at 4 bits and a at 2: one pair, once
+    assert found == pytest.approx(of_weights + act.score[1, 2] + together)
+
+
+def test_aligned_proxies_expect_the_geometric_mean_of_the_fewest_bits() -> None:
+    rng = np.random.default_rng(1)
+    first = Sensitivity("a", drawn_table(rng), drawn_table(rng), 8, 1.0, 3.0, drawn_pairs(rng))
+    big = drawn_table(rng)
+    second = Sensitivity("b", replace(big, score=1000 * big.score), None, 5, 2.0, 4.0)
+    none = Sensitivity("c", replace(big, score=0 * big.score), None, 9, 4.0, 5.0)
+    sizes = [s.weight.score[:, 1].sum() for s in (first, second)]  # 2 bits are second
+    factors = [math.sqrt(sizes[1] / sizes[0]), math.sqrt(sizes[0] / sizes[1]), 1.0]
+    found = aligned([first, second, none])
+    for before, after, factor in zip((first, second, none), found, factors, strict=True):
+        np.testing.assert_allclose(after.weight.score, factor * before.weight.score)
+        np.testing.assert_allclose(after.weight.stderr, factor * before.weight.stderr)
+        # one has scores of inputs, which all get
+        np.testing.assert_allclose(after.act.score, factors[0] * first.act.score)
+        np.testing.assert_allclose(after.act.stderr, factors[0] * first.act.stderr)
+    np.testing.assert_allclose(found[0].pairs.value, factors[0] * first.pairs.value)
+    np.testing.assert_allclose(found[0].pairs.stderr, factors[0] * first.pairs.stderr)
+    assert (found[1].pairs, found[2].pairs) == (None, None)
+    assert [s.act for s in aligned([second, none])] == [None, None]
+
+
+def test_combined_proxies_are_the_mean_of_the_aligned_ones() -> None:
+    rng = np.random.default_rng(2)
+    first = Sensitivity("a", drawn_table(rng), drawn_table(rng), 8, 1.0, 3.0, drawn_pairs(rng))
+    second = Sensitivity("b", drawn_table(rng), drawn_table(rng), 5, 2.0, 4.5)
+    one, other = aligned([first, second])
+    found = combined([first, second])
+    for mean, a, b in (
+        (found.weight, one.weight, other.weight),
+        (found.act, one.act, other.act),
+    ):
+        np.testing.assert_allclose(mean.score, (a.score + b.score) / 2)
+        np.testing.assert_allclose(mean.stderr, np.hypot(a.stderr, b.stderr) / 2)
+    assert (found.proxy, found.samples, found.seconds, found.passes) == ("combined", 5, 3.0, 7.5)
+    assert found.pairs is None
+    assert combined([replace(first, act=None), replace(second, act=None)]).act is None
+
+
+def test_samples_are_in_two_parts_at_least() -> None:
+    x = torch.arange(7)
+    assert [part.tolist() for part, _ in in_parts([(x, x)])] == [[0, 1, 2, 3], [4, 5, 6]]
+    batches = [(x[:1], x[:1]), (x[1:], x[1:])]
+    assert in_parts(batches) == batches
+    with pytest.raises(InputError, match="at least 2 samples, to know their spread; got 1"):
+        in_parts([(x[:1], x[:1])])

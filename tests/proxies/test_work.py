@@ -89,7 +89,7 @@ def test_no_two_parts_share_a_copy_at_a_time() -> None:
 def test_what_is_kept_is_not_computed_again(
     devices: tuple[torch.device, ...], tmp_path: Path
 ) -> None:
-    path, model = tmp_path / "deep" / "parts.jsonl", nn.Linear(1, 1)
+    path, model = tmp_path / "deep" / "down" / "parts.jsonl", nn.Linear(1, 1)
     list(Work(path).parts(model, 3, Counted()))
     compute = Counted()
     found = list(Work(path, devices).parts(model, 5, compute))
