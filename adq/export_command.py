@@ -46,8 +46,9 @@ class Compared:
 
     The packed model runs in plain PyTorch layers, a file of format adq by the fastest kernels.
     `max_difference` is the largest of the outputs, `largest_output` the packed model's largest
-    absolute one. `same_predictions` is the share of samples with the same largest output, None
-    where there is one output only. The metrics are means over the batch.
+    absolute one; both over all tensors where a model gives several. `same_predictions` is the share
+    of samples with the same largest output, None where there is one output only, or several
+    tensors. The metrics are means over the batch.
     """
 
     samples: int
@@ -322,8 +323,9 @@ def _write(source: _Source, task: "Task", format: str, packed: Path, path: Path)
     return save_policy(format, packed, _build(task, source), path)
 
 
-def _runner(task: "Task", source: _Source, format: str, path: Path) -> "Callable[[Any], Tensor]":
-    """inputs -> outputs of the written file, run as its user does."""
+def _runner(task: "Task", source: _Source, format: str, path: Path) -> "Callable[[Any], Any]":
+    """inputs -> outputs of the written file, run as its user does; those of an ONNX file in a list,
+    in the order in which the model's own are nested."""
     import torch
 
     from adq.quant.batches import forward
@@ -331,7 +333,7 @@ def _runner(task: "Task", source: _Source, format: str, path: Path) -> "Callable
     if format == "onnx":
         from adq.quant.export.onnx import run_onnx
 
-        return lambda inputs: torch.from_numpy(run_onnx(path, inputs)[0])
+        return lambda inputs: [torch.from_numpy(array) for array in run_onnx(path, inputs)]
     if format == "torch":
         program = torch.export.load(path).module()
         return lambda inputs: forward(program, inputs)
@@ -339,10 +341,9 @@ def _runner(task: "Task", source: _Source, format: str, path: Path) -> "Callable
     return lambda inputs: forward(model, inputs)
 
 
-def _compare(
-    task: "Task", source: _Source, packed: Path, run: "Callable[[Any], Tensor]"
-) -> Compared:
+def _compare(task: "Task", source: _Source, packed: Path, run: "Callable[[Any], Any]") -> Compared:
     import torch
+    from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
     from adq.quant.batches import batch_size, device_of, forward, to_device
     from adq.search.task import one_line, task_call
@@ -352,30 +353,41 @@ def _compare(
     with torch.no_grad():
         expected = forward(model, inputs)
         try:
-            outputs = run(inputs)
+            outputs = tree_leaves(run(inputs))
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"it does not run here: {one_line(error)}") from error
-    if not isinstance(expected, torch.Tensor) or expected.shape != outputs.shape:
-        raise InputError(f"its outputs are not one tensor, but {type(expected).__name__}")
+    leaves, nested = tree_flatten(expected)
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+        raise InputError(f"its outputs are not tensors alone, but {kinds}")
+    if [leaf.shape for leaf in leaves] != [output.shape for output in outputs]:
+        shapes = [
+            " and ".join(str(tuple(one.shape)) for one in given) for given in (leaves, outputs)
+        ]
+        raise InputError(f"expected outputs of the shapes {shapes[0]}, got {shapes[1]}")
 
-    def metric(of: torch.Tensor) -> float:
+    def metric(of: Any) -> float:
         values = task_call(str(source.task), "the metric", lambda: task.metric(of, targets))
         return float(values.double().mean())
 
     same = None
-    if expected.dim() > 1 and expected.shape[-1] > 1:
-        same = (expected.argmax(-1) == outputs.argmax(-1)).double().mean().item()
+    if len(leaves) == 1 and leaves[0].dim() > 1 and leaves[0].shape[-1] > 1:
+        same = (leaves[0].argmax(-1) == outputs[0].argmax(-1)).double().mean().item()
     return Compared(
         batch_size(batch),
-        (outputs - expected).abs().max().item(),
-        expected.abs().max().item(),
+        max(_largest(a.double() - b.double()) for a, b in zip(outputs, leaves, strict=True)),
+        max(map(_largest, leaves)),
         same,
         task.metric_name,
-        metric(outputs),
+        metric(tree_unflatten(outputs, nested)),
         metric(expected),
     )
+
+
+def _largest(values: "Tensor") -> float:
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def _print(done: Exported) -> None:
