@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adq.options import ConfigFile, Json, with_study_options
+from adq.options import ConfigFile, Json, studies_folder, with_study_options
 from adq.quant.errors import InputError
-from adq.search.config import OPTIONS, read_toml
+from adq.search.config import read_toml
 
 if TYPE_CHECKING:
     from adq.search.executors.job_server import Job, JobServer
@@ -217,7 +217,7 @@ def fetch(
     folder = fetch(
         address,
         name,
-        Path(out or context.obj or str(OPTIONS["out"].default)),
+        Path(studies_folder(context, out)),
         source=source,
         everything=everything,
         force=force,

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adq.options import Json
-from adq.search.config import OPTIONS
+from adq.options import Json, studies_folder
 
 
 def doctor(
@@ -40,8 +39,7 @@ def doctor(
     from adq.search.doctor import examine
     from adq.search.finding import OK, PROBLEM, WARNING
 
-    where = out or context.obj or str(OPTIONS["out"].default)
-    found = examine(where, storage, checkpoints, address)
+    found = examine(studies_folder(context, out), storage, checkpoints, address)
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     else:

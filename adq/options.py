@@ -27,6 +27,11 @@ ConfigFile = Annotated[
 ]
 
 
+def studies_folder(context: typer.Context, own: str | None = None) -> str:
+    """The folder of studies: the command's own --out, else the one given before it."""
+    return own or context.obj or str(OPTIONS["out"].default)
+
+
 def with_study_options(
     function: Callable[..., None], names: Iterable[str] = OPTIONS
 ) -> Callable[..., None]:
