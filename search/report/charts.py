@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from adq.proxies.base import Sensitivity
 from adq.search.report.bits_chart import HEAD, Panel, bits_panels, row_height
-from adq.search.report.curves_chart import LOSS_KEYS, loss_chart, rung_chart
+from adq.search.report.curves_chart import loss_chart, loss_keys, rung_chart
 from adq.search.report.facts import Facts
 from adq.search.report.front_chart import front_chart, front_keys
 from adq.search.report.history_chart import history_chart, history_keys
@@ -16,7 +16,9 @@ from adq.search.report.sensitivity_chart import all_scores, log_axis, sensitivit
 from adq.search.report.svg import Element, Key, Plot, add, key_line, written
 from adq.search.report.theme import WIDTHS, picture_rules
 
-SCALE, MARGIN, GAP = 2, 20, 30
+MARGIN, GAP = 20, 30
+LARGE = 2.5e6
+"""Square pixels from which a picture is drawn one to one instead of two to one."""
 LEFT, LEAST_WIDTH = 60, 640
 SENSITIVITY_WIDTH = 200
 
@@ -35,7 +37,7 @@ def page_charts(facts: Facts) -> dict[str, Chart | None]:
     losses, rungs = loss_chart(facts), rung_chart(facts)
     return {
         "front": chart(front_chart(facts), front_keys(facts)),
-        "losses": None if losses is None else chart(losses, LOSS_KEYS),
+        "losses": None if losses is None else chart(losses, loss_keys(facts)),
         "rungs": None if rungs is None else chart(rungs),
         "history": chart(history_chart(facts), history_keys(facts)),
     }
@@ -152,4 +154,5 @@ def png(root: Element, width: float, height: float) -> bytes:
     root.insert(0, rules)
     back = Element("rect", {"width": "100%", "height": "100%", "fill": "#ffffff"})
     root.insert(1, back)
-    return bytes(vl_convert.svg_to_png(written(root), scale=SCALE))
+    scale = 2 if width * height < LARGE else 1
+    return bytes(vl_convert.svg_to_png(written(root), scale=scale))

@@ -9,12 +9,16 @@ from adq.search.report.svg import Element, Key, Plot, Scale, add
 from adq.search.report.units import padded
 
 HEIGHT = 230
-LOSS_KEYS = (
-    Key("circle", "front", "models of the front"),
-    Key("diamond", "uniform", "the same bits in every searched layer"),
-    Key("line", "trial", "trials"),
-    Key("line", "step", "FP32"),
-)
+MANY = 100
+"""More lines than this, and they are pale."""
+
+
+def loss_keys(facts: Facts) -> list[Key]:
+    """The legend of `loss_chart`."""
+    keys = [Key("circle", "front", "models of the front")]
+    if facts.front.uniform:
+        keys.append(Key("diamond", "uniform", "the same bits in every searched layer"))
+    return [*keys, Key("line", "trial", "trials"), Key("line", "step", "FP32")]
 
 
 def _drawn(losses: Sequence[float]) -> list[tuple[float, float]]:
@@ -62,6 +66,8 @@ def _curves(
 ) -> None:
     """Many lines as one element."""
     paths = [plot.path(curve) for curve in curves if curve]
+    if len(paths) > MANY:
+        plot.svg.set("class", "plot many")
     if paths:
         add(frame, "path", d="".join(paths), class_=f"curve {class_}")
 

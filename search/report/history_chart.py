@@ -10,6 +10,8 @@ from adq.search.report.theme import STEPS, WIDTHS, step_of
 from adq.search.report.units import padded
 
 HEIGHT = 230
+MANY = 300
+"""More trials than this, and their marks are small."""
 
 
 def running_best(trials: Sequence[Record]) -> Iterator[tuple[int, float]]:
@@ -67,6 +69,7 @@ def history_chart(facts: Facts) -> Plot:
         steps.append((number, metric))
     if steps:
         add(plot.frame(), "path", d=plot.path(steps), class_="curve step")
+    radius = 4.0 if len(facts.trials) <= MANY else 2.5
     for record in facts.trials:
         cost, x = facts.cost_of(record.costs), plot.at_x(int(record.id))
         text, at = f"trial {int(record.id)}, {facts.unit.text(cost)}", found.get(record.id)
@@ -77,7 +80,9 @@ def history_chart(facts: Facts) -> Plot:
             continue
         step = step_of((cost - least) / ((largest - least) or 1))
         open_ = "" if record.validation is not None else " open"
-        mark = add(plot.svg, "circle", cx=x, cy=plot.at_y(at.metric), r=4, class_=f"b{step}{open_}")
+        mark = add(
+            plot.svg, "circle", cx=x, cy=plot.at_y(at.metric), r=radius, class_=f"b{step}{open_}"
+        )
         stopped = f", {record.state}" if open_ else ""
         add(mark, "title", f"{text}: {facts.metric_text(at.metric, at.metric_stderr)}{stopped}")
     plot.described(

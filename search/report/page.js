@@ -52,6 +52,7 @@
     for (const mark of ringed) mark.classList.add("chosen");
     for (const curve of all("[data-curve]")) {
       curve.classList.toggle("thick", curve.dataset.curve === id);
+      if (curve.dataset.curve === id) curve.parentNode.append(curve);  // above the others
     }
   };
 

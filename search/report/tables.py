@@ -10,6 +10,9 @@ from adq.search.report.facts import Facts
 from adq.search.report.history_chart import reached
 from adq.search.report.units import UNITS
 
+NAMED = 20
+"""As many trials as a row of failures names."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -127,7 +130,13 @@ def losses(facts: Facts) -> list[Loss]:
     ends: dict[tuple[str, str], list[str]] = {}
     for id, what, reason in _ends(facts):
         ends.setdefault((what, reason), []).append(id)
-    return [Loss(what, ", ".join(ids), len(ids), reason) for (what, reason), ids in ends.items()]
+    return [Loss(what, _listed(ids), len(ids), reason) for (what, reason), ids in ends.items()]
+
+
+def _listed(ids: list[str]) -> str:
+    """The ids, or the first of many: the table of trials says how each ended."""
+    more = len(ids) - NAMED
+    return ", ".join(ids[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _ends(facts: Facts) -> Iterator[tuple[str, str, str]]:

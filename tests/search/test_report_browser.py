@@ -16,7 +16,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from written_study import LAYERS, Study, evaluation, record, usual
+from written_study import LAYERS, Study, evaluation, large, record, usual
 
 from adq.quant.files import write_json
 from adq.search.candidate import Rung
@@ -24,6 +24,7 @@ from adq.search.folder import TRIALS
 from adq.search.report import write_report
 from adq.search.report.compare import compare
 from adq.search.report.compare_chart import compare_page
+from adq.search.report.page import page
 from adq.search.report.theme import DARK, LIGHT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -320,6 +321,22 @@ def test_accessibility_rules_hold(
         (rule["id"], rule["help"], [node["html"][:120] for node in rule["nodes"][:3]])
         for rule in found["violations"]
     ] == []
+
+
+def test_a_large_study_stays_a_small_page_that_shows_every_point(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """2,000 trials of 100 layers, 40 points: in what it weighs, not in seconds."""
+    facts = large(2000, 100, 40)
+    path = tmp_path / "large.html"
+    path.write_text(page(facts), encoding="utf-8")
+    assert path.stat().st_size < 4e6
+    browser.open(path, PHONE)
+    assert browser.run("return document.documentElement.scrollWidth") <= PHONE
+    assert len(browser.find(".model")) == 40
+    point = facts.front.points[7]
+    browser.run("document.querySelector(`[data-choose=${arguments[0]}]`).click()", point.id)
+    assert browser.shown_bits() == point.weight_bits
 
 
 def test_nothing_moves_for_who_does_not_want_that(browser: Browser, report: Path) -> None:

@@ -1,6 +1,6 @@
 """A study as it is when its report is written, made of records alone: nothing is trained."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from adq.proxies.costs import Costs
 from adq.quant.evaluate import Evaluation
 from adq.quant.files import write_json, write_text
 from adq.quant.spec import BitVector
-from adq.search.candidate import Record
+from adq.search.breakdown import Breakdown, Layer, LayerCost
+from adq.search.candidate import Record, Rung
 from adq.search.config import StudyConfig
 from adq.search.folder import FINAL, TRIALS, StudyFolder
 from adq.search.front import Front, point_of
+from adq.search.report.facts import Facts
 
 LAYERS = (
     "</script><b>bold</b>",
@@ -153,3 +155,60 @@ def usual(root: Path, **more: Any) -> Study:
     made.folder.write_record(FINAL, record("t0003", [2, 2, 2, 4, 4], 0.9, 0.91))  # dominated
     made.folder.write_record(FINAL, record("t0005", [4, 2, 2, 2, 2], None))
     return made
+
+
+def large(trials: int, layers: int, points: int) -> Facts:
+    """What a report of a large study is made of: three rungs, and random numbers throughout."""
+    draw = np.random.default_rng(0)
+    names = tuple(f"backbone.layers.{i // 4}.blocks.{i % 4}.attention.proj" for i in range(layers))
+    widths = (2, 3, 4, 6, 8)
+
+    def one(id: str, average: float, rungs: int, test: bool = False) -> Record:
+        found = [evaluation(float(draw.uniform(0.5, 0.9))) for _ in range(rungs)]
+        drawn = draw.choice(widths, size=layers).tolist()
+        bits = BitVector(dict(zip(names, drawn, strict=True)), dict.fromkeys(names, 8))
+        done = rungs == 3
+        return Record(
+            id=id,
+            bits=bits,
+            seed=0,
+            epochs=10,
+            costs=Costs(average, average, 8.0, int(1e6 * average), int(1e9 * average), None),
+            train_losses=tuple(draw.uniform(0.1, 1, size=10).tolist()),
+            flips=(),
+            dead_levels=(),
+            validation=replace(found[-1], metric=0.1 * average) if done else None,
+            test=replace(found[-1], metric=0.1 * average) if test else None,
+            seconds=12.3,
+            rungs=tuple(Rung(3**i, each, 1.5) for i, each in enumerate(found)),
+        )
+
+    records = [one(f"{i:04d}", float(draw.uniform(2, 4)), 1 + i % 3) for i in range(trials)]
+    finals = [one(f"t{i:04d}", 2 + 2 * i / points, 3, test=True) for i in range(points)]
+    scores = np.exp(draw.normal(-8, 2, (layers, len(widths))))
+    table = Table(names, widths, scores, scores / 9)
+    costs = {(bits, 8): LayerCost(1250 * bits, 8 * bits * 10**6) for bits in widths}
+    return Facts(
+        front=Front(
+            study="large",
+            task="digits",
+            metric_name="accuracy",
+            fp32_metric=0.9,
+            budget={"average_bits": 4.0},
+            objectives={"average_bits": 4.0},
+            points=tuple(point_of(final) for final in finals),
+        ),
+        config=StudyConfig(budget_bits=4, trials=trials, epochs=9, rungs=(1, 3)),
+        fp32=evaluation(0.9),
+        fp32_validation=evaluation(0.9),
+        fp32_losses=tuple(1 / (epoch + 1) for epoch in range(90)),
+        trials=tuple(records),
+        finals={final.id: final for final in finals},
+        proxies=tuple(Sensitivity(name, table, None, 32, 1.0) for name in ("kl", "hessian")),
+        breakdown=Breakdown(
+            tuple(Layer(name, "Linear", (100, 100), 10**4, 10**6, costs) for name in names),
+            LayerCost(5000, 0),
+        ),
+        runs=(),
+        seconds=1e5,
+    )
