@@ -403,3 +403,15 @@ def test_samples_are_in_two_parts_at_least() -> None:
     assert in_parts(batches) == batches
     with pytest.raises(InputError, match="at least 2 samples, to know their spread; got 1"):
         in_parts([(x[:1], x[:1])])
+
+
+def test_pairs_within_two_standard_errors_of_zero_add_nothing() -> None:
+    values = [3.0, -3.0, 2.1, -2.1, 2.0, -2.0, 0.5]
+    value, stderr = np.zeros((2, 7, 2, 7)), np.ones((2, 7, 2, 7))
+    value[0, 0, 1], value[1, :, 0, 0] = values, values
+    stderr[0, 0, 1, 0] = 2.0  # three is less than two of these
+    found = Interactions(("a", "b"), (2, 3, 4, 5, 6, 7, 8), value, stderr).significant()
+    assert found.value[0, 0, 1].tolist() == [0, -3, 2.1, -2.1, 0, 0, 0]
+    assert found.value[1, :, 0, 0].tolist() == [3, -3, 2.1, -2.1, 0, 0, 0]
+    assert (found.layers, found.bits) == (("a", "b"), (2, 3, 4, 5, 6, 7, 8))
+    assert np.array_equal(found.stderr, stderr)

@@ -125,6 +125,17 @@ class Waiting(Net):
         return super().forward(x)
 
 
+@pytest.mark.skipif(
+    "model name"
+    not in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""),
+    reason="nothing names the processor",
+)
+def test_a_processor_is_named_as_it_names_itself() -> None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    assert profile.device_name(CPU) in names
+
+
 def test_what_the_whole_model_takes_beyond_its_layers_is_the_rest() -> None:
     machine, net = Machine(), Waiting()
     Waiting.machine = machine
