@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adq.options import Json
+from adq.options import Json, studies_folder
 from adq.quant.errors import InputError
-from adq.search.config import IN_PYTHON, OPTIONS
+from adq.search.config import IN_PYTHON
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -117,7 +117,7 @@ def export(
     """
     if format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    root = context.obj or str(OPTIONS["out"].default)
+    root = studies_folder(context)
     if out is not None and Path(name).name == name and (Path(out) / name).is_dir():
         root, out = out, None
     if Path(name).is_file():
