@@ -5,8 +5,9 @@
 Searches ResNet-20 at 2.81 average bits a weight (`vectors.py`; the study is in build/), then
 fine-tunes the chosen points, uniform bits under four quantizers, a HAWQ-V2 allocation and the FP32
 network equally long under three seeds (`finetuning.py`), and writes results.json, summary.json and
-the tables of README.md. What is there already is not made again: remove build/ and results.json to
-start anew, and vectors.json to search anew. FOLDER is that of `grounds/cifar10.py`, or holds the true CIFAR-10.
+the tables of README.md. What is there already is not made again: remove results.json to train anew,
+vectors.json and build/ to search anew. FOLDER is that of `grounds/cifar10.py`, or holds the true
+CIFAR-10.
 """
 
 import argparse
