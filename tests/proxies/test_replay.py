@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from adq.proxies.replay import Recording
+from adq.proxies.replay import TOLERANCE, Recording, _same
 from adq.quant.attention import expose_attention_
 from adq.quant.layers import QUANTIZABLE
 
@@ -419,3 +419,45 @@ def test_a_layer_that_no_pass_reaches_needs_a_full_pass() -> None:
     with Recording(model, data()) as recording:
         assert recording.share("extra") == 1
         assert torch.equal(recording.rerun("extra"), recording.outputs)
+
+
+ONE = torch.tensor([1.0, -1000.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ONE, ONE + torch.tensor([0.0, 0.0, 500.0]) * TOLERANCE),  # of the largest, not of its own
+        (ONE.double() * torch.nan, ONE.double() * torch.nan),
+        (torch.tensor([torch.inf, 2.0]), torch.tensor([torch.inf, 2.0 + TOLERANCE])),
+        (torch.zeros(2, 0), torch.zeros(2, 0)),
+        (torch.tensor([1, 2]), torch.tensor([1, 2])),
+        ({"a": (ONE, "text"), "b": None}, {"a": (ONE.clone(), "other"), "b": None}),
+    ],
+)
+def test_outputs_that_differ_by_no_more_than_kernels_do_are_the_same(one: Any, other: Any) -> None:
+    assert _same(one, other)
+    assert _same(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ONE, ONE + torch.tensor([0.0, 0.0, 2000.0]) * TOLERANCE),
+        (ONE, ONE.double()),
+        (ONE, ONE[:2]),
+        (ONE, ONE[None]),
+        (ONE, 1.0),
+        (1, 1.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.tensor([torch.inf]), torch.tensor([-torch.inf])),
+        (torch.tensor([torch.inf]), torch.tensor([torch.nan])),
+        (torch.tensor([torch.inf]), torch.tensor([1.0])),
+        ({"a": ONE}, {"b": ONE}),
+        ((ONE, ONE), (ONE,)),
+        ((ONE, ONE), (ONE, ONE + 1)),
+    ],
+)
+def test_other_outputs_are_not_the_same(one: Any, other: Any) -> None:
+    assert not _same(one, other)
+    assert not _same(other, one)
