@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adq.quant.kernels import packed_ops as ops
 from adq.quant.kernels import packed_reference as reference
@@ -99,6 +100,22 @@ def test_the_operators_compute_what_the_reference_does() -> None:
     torch.testing.assert_close(ops.linear(x, words, levels, scale, bias, 4), expected)
     assert ops.conv2d(image(), words, levels, scale, bias, 4, *GEOMETRY).shape == (2, 6, 4, 4)
     assert ops.linear_int(x.byte(), words, *real(codes), 4, torch.float16).dtype == torch.float16
+
+
+def test_a_convolution_without_geometry_is_a_plain_one() -> None:
+    codes, words, levels, scale, bias = weight(6, 24)
+    x, q = image(), (10 * image() + 30).clamp(0, 255).byte()
+
+    def dense(values: Tensor) -> Tensor:
+        return values.view(6, 3, 2, 4).permute(0, 3, 1, 2)  # codes are channels last
+
+    found = ops.conv2d(x, words, levels, scale, bias, 4, (3, 2))
+    torch.testing.assert_close(found, F.conv2d(x, dense(scale * levels[codes.int()]), bias))
+    step, offset, scale, _, bias, x_scale, zero = real(codes)
+    found = ops.conv2d_int(q, words, *real(codes), 4, (3, 2))
+    kernel = dense(scale * (offset + step * codes))
+    expected = F.conv2d(x_scale * (q - zero), kernel, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)  # of sums near 100
 
 
 def test_a_compiled_module_gives_the_same_numbers() -> None:
