@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -246,9 +247,18 @@ def _warn_of_a_sum(subject: Subject) -> None:
 def _attempt(proxy: Proxy, subject: Subject, work: Work) -> list[Sensitivity] | InputError:
     """What the proxy says, or why it cannot score this model."""
     try:
-        return proxy.measure(subject, work)
+        found = proxy.measure(subject, work)
     except InputError as error:
         return error
+    for s in found:
+        for table in (s.weight, *([] if s.act is None else [s.act])):
+            bad = ~np.isfinite(table.score).all(axis=1)
+            if bad.any():
+                return InputError(
+                    f"{s.proxy} of layer {table.layers[bad.argmax()]!r} is no finite number: look "
+                    "at the loss of the training batches and its gradient, in eval mode"
+                )
+    return found
 
 
 def ensemble_of(scores: Sequence[Sensitivity], records: Sequence[Record]) -> Sensitivity | None:

@@ -307,6 +307,18 @@ def test_an_error_of_the_users_loss_is_one_line_and_leaves_no_file(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gradient_that_is_not_a_number_is_one_line_and_leaves_no_scores(tmp_path: Path) -> None:
+    def kinked(outputs: Any, targets: Any) -> Any:
+        zero = (outputs - outputs.detach()).square().sum().sqrt()  # its derivative there is 0/0
+        return nn.functional.cross_entropy(outputs, targets) + zero
+
+    problem = problem_of(proxies="empirical-fisher")
+    problem = replace(problem, task=replace(problem.task, loss=kinked))
+    with pytest.raises(InputError, match=r"empirical-fisher of layer .* is no finite number"):
+        sensitivities(problem, problem.initial_model, StudyFolder(tmp_path), Observer())
+    assert not (tmp_path / "sensitivity.json").exists()
+
+
 class Attention(nn.Module):
     """Linear layers around PyTorch's fused attention, which has no second derivative."""
 
