@@ -1,6 +1,7 @@
 """summary.json and the tables of README.md, from results.json and verdicts.json."""
 
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,7 @@ def write(results: dict[str, Any]) -> None:
             f"mutation_score_{package}": _score(counts),
             f"mutation_score_{package}_before": _score(Counter(row["outcome"] for row in own)),
             f"mutation_score_{package}_without_equivalent": _score(counts, equivalent),
+            f"mutation_score_{package}_stderr": _stderr(counts),
             f"mutants_{package}": len(own),
             f"mutants_possible_{package}": made,
             f"equivalent_{package}": equivalent,
@@ -63,6 +65,13 @@ def _class(row: Row, verdicts: dict[str, list[str]]) -> str:
 
 def _score(counts: Counter[str], equivalent: int = 0) -> float:
     return round(sum(counts[what] for what in DETECTED) / (counts.total() - equivalent), 4)
+
+
+def _stderr(counts: Counter[str]) -> float:
+    """Of the share among all possible mutants, by the Agresti-Coull rule: no score is without."""
+    n = counts.total() + 4
+    share = (sum(counts[what] for what in DETECTED) + 2) / n
+    return round(math.sqrt(share * (1 - share) / n), 4)
 
 
 def _scores(rows: list[Row], packages: dict[str, int], summary: dict[str, float]) -> str:
