@@ -3,10 +3,8 @@
 import shlex
 from typing import Any
 
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
-
 from adq.search.config import OPTIONS, StudyConfig, option_name
+from adq.search.storage_url import shown
 
 
 def command_line(config: StudyConfig) -> str:
@@ -45,13 +43,5 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if name == "storage":
-        return _without_password(str(value))
+        return shown(str(value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _without_password(storage: str) -> str:
-    try:
-        url = make_url(storage)
-    except ArgumentError:  # journal:FILE
-        return storage
-    return storage if url.password is None else url.render_as_string(hide_password=True)

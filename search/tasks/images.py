@@ -3,8 +3,8 @@
 - `imagefolder:PATH`: `PATH/train/CLASS/*.jpg` and one or both of `PATH/val` and `PATH/test` with
   the same classes.
 - `webdataset:PATH`: the same splits as tar files, each image KEY.jpg with its class, a number, in
-  KEY.cls. A shard belongs to the split whose name, `train`, `val` or `test`, is in its own or its
-  folder's.
+  KEY.cls. A shard belongs to the split whose name, `train`, `val` or `test`, is in its own, or else
+  in its folders'.
 - `cifar10:PATH`: the folder that holds `cifar-10-batches-py`; its files are pickles, which
   torchvision reads only after their checksums have proved to be the published ones.
 
@@ -65,9 +65,10 @@ def web_dataset(place: str, model: str | None = None) -> Task:
     """The task on a folder of tar shards; without a model's name, torchvision's resnet18."""
     path, options = _place("webdataset", place)
     tars = sorted(path.rglob("*.tar"))
-    shards = {
-        split: [tar for tar in tars if split in str(tar.relative_to(path))] for split in SPLITS
-    }
+    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for tar in tars:
+        for split in _splits_of(tar.relative_to(path)):
+            shards[split].append(tar)
     if not shards["train"] or not (shards["val"] or shards["test"]):
         raise InputError(
             f"webdataset {path}: expected tar files with 'train' in their names or their folders', "
@@ -85,6 +86,19 @@ def web_dataset(place: str, model: str | None = None) -> Task:
                 f"'{split}', got {low if low < 0 else high}"
             )
     return _task(found, classes, options, _files_key(path, tars), model)
+
+
+def _splits_of(shard: Path) -> list[str]:
+    """The one split that a shard is of, or none; InputError for a name with several, as images that
+    are trained on must not be tested on."""
+    names = (shard.name, str(shard.parent))
+    found = next((s for name in names if (s := [x for x in SPLITS if x in name])), [])
+    if len(found) > 1:
+        raise InputError(
+            f"webdataset: expected one of {', '.join(SPLITS)} in the name of shard {shard}, got "
+            f"{' and '.join(found)}: rename it"
+        )
+    return found
 
 
 def cifar10(place: str, model: str | None = None) -> Task:
@@ -204,6 +218,10 @@ def _cifar_transforms() -> Any:
 
 def _split(samples: int) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
     """Training images that are kept, and those set aside for validation: fixed random ones."""
+    if samples < 2:
+        raise InputError(
+            f"expected 2 images or more in 'train', a tenth for validation; got {samples}"
+        )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0)).numpy()
     cut = min(VALIDATION_MOST, max(1, round(samples * VALIDATION_SHARE)))
     return order[cut:], order[:cut]

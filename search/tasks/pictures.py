@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as vision
@@ -99,18 +99,30 @@ def _entries(shard: str) -> list[tuple[int, int, int]]:
                 # WebDataset's rule: the key is all before the first point of the file's name
                 path = PurePosixPath(member.name)
                 stem, _, kind = path.name.partition(".")
+                if not stem or not member.isfile():
+                    continue  # folders, "." among them, and hidden files such as .DS_Store
                 key, kind = str(path.with_name(stem)), f".{kind.lower()}"
-                if member.isfile() and kind in IMAGES:
+                if kind in IMAGES:
                     images[key] = member.offset_data, member.size
-                elif member.isfile() and kind == LABEL:
+                elif kind == LABEL:
                     content = tar.extractfile(member)
                     assert content is not None
-                    labels[key] = int(content.read())
-    except (OSError, tarfile.TarError, ValueError) as error:
+                    labels[key] = int(np.int64(int(content.read())))
+            _check_end(tar)
+    except (OSError, OverflowError, tarfile.TarError, ValueError) as error:
         raise InputError(f"shard {shard}: not a tar file of images ({error})") from None
     if missing := next((key for key in images if key not in labels), None):
         raise InputError(f"shard {shard}: expected the class of {missing} in {missing}{LABEL}")
     return [(*place, labels[key]) for key, place in images.items()]
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """ReadError where what follows the last member is no end: tarfile takes a damaged or cut header
+    for one, and all that comes after it would be lost without a word."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged at byte {tar.offset}")
 
 
 def decoded(content: bytes) -> Tensor:
@@ -142,7 +154,9 @@ class View(Dataset[tuple[Tensor, int]]):
         index = int(self.indices[index])
         try:
             image = decoded(self.pictures.content(index))
-        except (OSError, ValueError) as error:
+        except UnidentifiedImageError:  # it says only where in memory the bytes are
+            raise ValueError(f"{self.pictures.name(index)} cannot be read: not an image") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.pictures.name(index)} cannot be read: {error}") from None
         label = int(self.pictures.labels[index])
         if seed is None:

@@ -190,10 +190,81 @@ def test_shards_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_task(f"webdataset:{tmp_path}")
 
 
-def test_an_image_that_is_damaged_is_named(tmp_path: Path) -> None:
+def test_folders_and_hidden_files_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        root = tarfile.TarInfo(".")
+        root.type = tarfile.DIRTYPE
+        tar.addfile(root)
+        add(tar, "./.DS_Store", b"desktop")
+        add(tar, "./._7.png", b"finder")
+        add(tar, "./7.png", picture(0))
+        add(tar, "./7.cls", b"2")
+    shards = Shards([tmp_path / "all.tar"])
+    assert (shards.labels.tolist(), shards.content(0)) == ([2], picture(0))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_shard_that_is_damaged_in_its_middle_is_not_taken_for_a_short_one(
+    tmp_path: Path, cut: bool
+) -> None:
+    shard = tmp_path / "train.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i in range(3):
+            add(tar, f"{i}.png", picture(i))
+            add(tar, f"{i}.cls", b"0")
+    with tarfile.open(shard) as tar:
+        at = tar.getmembers()[2].offset
+    content = shard.read_bytes()
+    shard.write_bytes(content[: at + 300] if cut else content[:at] + b"\xff" + content[at + 1 :])
+    with pytest.raises(InputError, match=rf"train\.tar.*damaged at byte {at}"):
+        Shards([shard])
+
+
+def test_a_class_beyond_all_numbers_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "7.png", picture(0))
+        add(tar, "7.cls", b"1" + b"0" * 30)
+    with pytest.raises(InputError, match=r"train\.tar: not a tar file of images"):
+        Shards([tmp_path / "train.tar"])
+
+
+def test_a_shard_is_of_one_split(tmp_path: Path) -> None:
+    for place, count in (("latest/train-0.tar", 4), ("latest/val-0.tar", 1), ("test/0.tar", 2)):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / place, "w") as tar:
+            for i in range(count):
+                add(tar, f"{i}.png", picture(i))
+                add(tar, f"{i}.cls", b"0")
+    task = load_task(f"webdataset:{tmp_path},size=16")
+    found = [
+        sum(len(y) for _, y in batches) for batches in (task.train, task.validation, task.test)
+    ]
+    assert found == [4, 1, 2], "'latest' holds the word test"
+    (tmp_path / "latest/train-0.tar").rename(tmp_path / "latest/trainval-0.tar")
+    with pytest.raises(InputError, match=r"shard latest/trainval-0\.tar, got train and val"):
+        load_task(f"webdataset:{tmp_path}")
+
+
+def test_one_image_is_too_few_to_set_some_aside(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "c").mkdir(parents=True)
-        (tmp_path / split / "c" / "0.jpg").write_bytes(picture(0, "jpg")[:200])
+        (tmp_path / split / "c" / "0.jpg").write_bytes(picture(0, "jpg"))
+    with pytest.raises(InputError, match=r"expected 2 images or more in 'train'.*got 1"):
+        load_task(f"imagefolder:{tmp_path}")
+
+
+def test_an_image_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "c").mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / split / "c" / f"{i}.jpg").write_bytes(picture(0, "jpg")[:200])
     task = load_task(f"imagefolder:{tmp_path},size=16")
     with pytest.raises(ValueError, match=r"val/c/0\.jpg cannot be read"):
+        next(iter(task.test))
+    (tmp_path / "val" / "c" / "0.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"val/c/0\.jpg cannot be read: not an image$"):
+        next(iter(task.test))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (tmp_path / "val" / "c" / "0.jpg").write_bytes(picture(0, "jpg"))
+    with pytest.raises(ValueError, match=r"val/c/0\.jpg cannot be read: .* could be decompression"):
         next(iter(task.test))

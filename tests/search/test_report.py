@@ -497,6 +497,8 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
     assert "me:***@db" in command_line(replace(CONFIG, **storage))
     made = usual(tmp_path, config=replace(CONFIG, **storage))
     assert "secret" not in render(made.folder, made.front, "html").decode()
+    behind = {"storage": "postgresql://db/studies?user=me&password=secret"}
+    assert "secret" not in command_line(replace(CONFIG, **behind))
 
 
 def test_the_page_shows_the_command_line(study: Study, page: Page) -> None:
