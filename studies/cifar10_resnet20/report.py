@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from finetuning import EPOCH, FineTuning
+from finetuning import FineTuning
 from grounds.report import table, write_between
 from grounds.runs import Result
 from vectors import BUDGET, LOWER, METHODS, UNIFORM, average_bits, uniform
@@ -15,16 +15,15 @@ from adq.quant.spec import BitVector
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-LONG = 4 * EPOCH
 SEARCHED = f"searched-{BUDGET}"
-LONGER = ("fp32", SEARCHED, "adq-2", "adq-3")
 TITLES = {"lsq": "LSQ", "n2uq": "N2UQ", "apot": "APoT", "adq": "ADQ"}
+GIVEN = FineTuning("fp32", None, steps=0)
 ENDS = (2, 3)
 """The uniform widths that a mixed model is held against."""
 
 
 class Found:
-    """The results of all runs, by name and number of steps."""
+    """The results of all runs."""
 
     def __init__(
         self,
@@ -34,9 +33,9 @@ class Found:
     ) -> None:
         self.results, self.sizes, self.mixed = results, dict(sizes), dict(mixed)
 
-    def values(self, name: str, what: str = "test_top1", steps: int = EPOCH) -> np.ndarray:
+    def values(self, name: str, what: str = "test_top1") -> np.ndarray:
         """One number a seed."""
-        keys = [str(FineTuning(name, None, seed=seed, steps=steps)) for seed in SEEDS]
+        keys = [str(FineTuning(name, None, seed=seed)) for seed in SEEDS]
         return np.array([self.results[key][what] for key in keys])
 
     def bits(self, name: str, pinned: bool = True) -> float:
@@ -45,13 +44,12 @@ class Found:
         counted = self.sizes if pinned else dict(list(self.sizes.items())[1:-1])
         return average_bits(counted, vector)
 
-    def between(self, method: str, at: float, steps: int = EPOCH) -> np.ndarray:
+    def between(self, method: str, at: float) -> np.ndarray:
         """Top-1 of the method's uniform 2-bit and 3-bit models on the line between them at `at`
         average bits, seed by seed."""
         low, high = (f"{method}-{bits}" for bits in ENDS)
         share = (at - self.bits(low)) / (self.bits(high) - self.bits(low))
-        ends = self.values(low, steps=steps), self.values(high, steps=steps)
-        return (1 - share) * ends[0] + share * ends[1]
+        return (1 - share) * self.values(low) + share * self.values(high)
 
     def gain(self, name: str) -> tuple[np.ndarray, str]:
         """Top-1 beyond the best of these lines, seed by seed, and whose line that is."""
@@ -80,9 +78,9 @@ def title(name: str) -> str:
     return words.get(method) or f"uniform {bits}, {TITLES[method]}"
 
 
-def row(found: Found, name: str, steps: int = EPOCH) -> list[str]:
-    top1, loss = (found.values(name, what, steps) for what in ("test_top1", "test_loss"))
-    drop = found.values("fp32", steps=steps) - top1
+def row(found: Found, name: str) -> list[str]:
+    top1, loss = (found.values(name, what) for what in ("test_top1", "test_loss"))
+    drop = found.values("fp32") - top1
     if name == "fp32":
         return [title(name), "32", "32", mean(top1), "", f"{loss.mean():.4f}"]
     bits = [f"{found.bits(name, pinned):.3f}" for pinned in (True, False)]
@@ -91,7 +89,7 @@ def row(found: Found, name: str, steps: int = EPOCH) -> list[str]:
 
 def report(found: Found) -> None:
     """README.md's tables, front.png and summary.json."""
-    before = found.results[str(FineTuning("fp32", None, steps=0))]
+    before = found.results[str(GIVEN)]
     header = ["model", "average bits", "without the pinned", "test top-1", "drop", "cross-entropy"]
     names = ["fp32", *(f"{m}-{b}" for b in UNIFORM for m in METHODS), *sorted(found.mixed)]
     rows = [["FP32, as given", "32", "32", f"{before['test_top1']:.2f}", "",
@@ -105,7 +103,6 @@ def report(found: Found) -> None:
             for name, (x, method) in gains.items()
         ],
     )
-    longer = table(header, [row(found, name, LONG) for name in LONGER])
     layers = table(
         ["layer", "weights", *sorted(found.mixed)],
         [
@@ -113,9 +110,7 @@ def report(found: Found) -> None:
             for name, numel in found.sizes.items()
         ],
     )
-    write_between(
-        HERE / "README.md", {"main": main, "gain": gained, "longer": longer, "bits": layers}
-    )
+    write_between(HERE / "README.md", {"main": main, "gain": gained, "bits": layers})
     picture(found)
     summarise(found)
 
@@ -123,11 +118,10 @@ def report(found: Found) -> None:
 def summarise(found: Found) -> None:
     fp32, searched = found.values("fp32"), found.values(SEARCHED)
     gain, _ = found.gain(SEARCHED)
-    long = {name: found.values(name, steps=LONG) for name in LONGER}
-    line = found.between("adq", found.bits(SEARCHED), LONG)
     hawq = found.values(f"hawq-{BUDGET}")
     summary = {
         "fp32_top1": fp32.mean(),
+        "fp32_as_given_top1": found.results[str(GIVEN)]["test_top1"],
         "searched_top1": searched.mean(),
         "searched_average_bits": found.bits(SEARCHED),
         "drop_points": (fp32 - searched).mean(),
@@ -136,10 +130,6 @@ def summarise(found: Found) -> None:
         "stderr_points": stderr(gain),
         "searched_minus_hawq_points": (searched - hawq).mean(),
         "searched_minus_hawq_stderr_points": stderr(searched - hawq),
-        "longer_drop_points": (long["fp32"] - long[SEARCHED]).mean(),
-        "longer_drop_stderr_points": stderr(long["fp32"] - long[SEARCHED]),
-        "longer_gain_over_adq_interpolation_points": (long[SEARCHED] - line).mean(),
-        "longer_gain_stderr_points": stderr(long[SEARCHED] - line),
     }
     write_json(HERE / "summary.json", {k: round(float(v), 4) for k, v in summary.items()})
 

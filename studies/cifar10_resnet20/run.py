@@ -19,9 +19,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from finetuning import EPOCH, FineTuning, start, train
+from finetuning import FineTuning, start, train
 from grounds.runs import measure
-from report import LONG, LONGER, SEEDS, Found, report
+from report import GIVEN, SEEDS, Found, report
 from vectors import METHODS, UNIFORM, layer_sizes, uniform, vectors
 
 from adq.quant.spec import BitVector
@@ -37,13 +37,8 @@ def runs(sizes: dict[str, int], mixed: dict[str, BitVector]) -> list[FineTuning]
         equal += [
             FineTuning(f"{method}-{bits}", uniform(sizes, bits), method) for method in METHODS
         ]
-    longer = [run for run in equal if run.name in LONGER]
-    return [FineTuning("fp32", None, steps=0)] + [
-        replace(run, seed=seed, steps=steps)
-        for steps, chosen in ((EPOCH, equal), (LONG, longer))
-        for seed in SEEDS
-        for run in chosen
-    ]
+    trained = [replace(run, seed=seed) for seed in SEEDS for run in equal]
+    return [GIVEN, *trained]
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = HERE / "build"
 MODELS = {"vit": "transformer", "audio": "audio", "detector": "detector"}
-EXPORTS = ("adq", "onnx", "torch")
+EXPORTS = {"adq": "safetensors", "onnx": "onnx", "torch": "pt2"}
+"""Format -> the file name's ending."""
 
 
 def main() -> None:
@@ -51,9 +52,9 @@ def studied(name: str) -> dict[str, Any]:
     front = command(*(("resume", name) if begun else ("--config", str(file))), "--out", str(BUILD))
     ways = {
         kind: command(
-            "export", str(folder), "--format", kind, "--out", str(BUILD / f"{name}.{kind}")
+            "export", str(folder), "--format", kind, "--out", str(BUILD / f"{name}.{ending}")
         )
-        for kind in EXPORTS
+        for kind, ending in EXPORTS.items()
     }
     for way in ways.values():
         del way["file"]

@@ -10,7 +10,7 @@ import torch
 
 import adq
 from adq.quant.batches import Prepared
-from adq.quant.files import write_json
+from adq.quant.files import read_json, write_json
 from adq.quant.spec import BitVector
 from adq.search.config import make_config, read_toml
 from adq.search.task import load_task
@@ -134,3 +134,11 @@ def test_the_last_stage_runs_on_shards_with_averaged_weights(data: Path, tmp_pat
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in task.test)
     assert right == round(point.metric * 50)
+
+
+def test_the_summary_and_the_table_are_those_of_the_results() -> None:
+    import prove
+
+    results = read_json(HERE / "results.json")
+    assert read_json(HERE / "summary.json") == prove.summary_of(results)
+    assert prove.table_of(results) in (HERE / "README.md").read_text()
