@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
+import altair as alt
 import numpy as np
 from finetuning import FineTuning
 from grounds.report import table, write_between
@@ -135,31 +136,36 @@ def summarise(found: Found) -> None:
 
 
 def picture(found: Found) -> None:
-    """front.png: accuracy against average bits, uniform lines and mixed points."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """front.png: accuracy against average bits, uniform lines and mixed points, with ± one standard
+    error of the mean over seeds."""
 
-    def draw(names: list[str], label: str, style: str) -> None:
-        tops = [found.values(name) for name in names]
-        axes.errorbar(
-            [found.bits(name) for name in names],
-            [x.mean() for x in tops],
-            [stderr(x) for x in tops],
-            fmt=style,
-            label=label,
-            capsize=3,
-            markersize=5,
-        )
+    def points(names: list[str], label: str) -> list[dict[str, Any]]:
+        tops = [(found.bits(name), found.values(name)) for name in names]
+        return [
+            {"bits": bits, "top1": x.mean(), "low": x.mean() - stderr(x),
+             "high": x.mean() + stderr(x), "model": label}
+            for bits, x in tops
+        ]  # fmt: skip
 
-    for method in METHODS:
-        draw([f"{method}-{b}" for b in UNIFORM], f"uniform, {TITLES[method]}", ":.")
+    lines = [
+        point
+        for method in METHODS
+        for point in points([f"{method}-{b}" for b in UNIFORM], f"uniform, {TITLES[method]}")
+    ]
     limits = sorted((*LOWER, BUDGET))
-    draw([f"searched-{limit}" for limit in limits], "searched", "-o")
-    draw([f"knapsack-{BUDGET}"], "default proxies, knapsack", "s")
-    draw([f"hawq-{BUDGET}"], "HAWQ-V2 trace, knapsack", "^")
-    axes.axhline(found.values("fp32").mean(), color="grey", linewidth=1, label="FP32")
-    axes.set_xlabel("average bits a weight")
-    axes.set_ylabel("test top-1, %")
-    axes.legend(fontsize="small")
-    with atomic_path(HERE / "front.png") as path:
-        figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
+    lines += points([f"searched-{limit}" for limit in limits], "searched")
+    singles = points([f"knapsack-{BUDGET}"], "default proxies, knapsack")
+    singles += points([f"hawq-{BUDGET}"], "HAWQ-V2 trace, knapsack")
+    x = alt.X("bits:Q", title="average bits a weight", scale=alt.Scale(zero=False))
+    y = alt.Y("top1:Q", title="test top-1, %", scale=alt.Scale(zero=False))
+    colour = alt.Color("model:N", title=None, sort=None)
+    every = alt.Chart(alt.Data(values=lines + singles))
+    level = [{"top1": found.values("fp32").mean(), "model": "FP32"}]
+    chart = (
+        alt.Chart(alt.Data(values=lines)).mark_line().encode(x, y, colour)
+        + every.mark_point(filled=True, size=50, opacity=1).encode(x, y, colour)
+        + every.mark_rule().encode(x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), colour)
+        + alt.Chart(alt.Data(values=level)).mark_rule(strokeDash=[4, 4]).encode(y, colour)
+    )
+    with atomic_path(HERE / "front.png") as temporary:
+        chart.properties(width=560, height=360).save(str(temporary), format="png", scale_factor=2)
