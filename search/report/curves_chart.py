@@ -35,7 +35,7 @@ def loss_chart(facts: Facts) -> Plot | None:
     models = [
         (point, _drawn(record.train_losses))
         for point in (*facts.front.points, *facts.front.uniform)
-        if (record := facts.final_of(point)) is not None
+        if (record := facts.record_of(point)) is not None
     ]
     fp32 = _drawn(facts.fp32_losses)
     every = [*trials, *(curve for _, curve in models), fp32]

@@ -83,8 +83,11 @@ class Facts:
         """`cost` of a model, in the cost's own unit."""
         return float(getattr(costs, self.cost))
 
-    def final_of(self, point: Point) -> Record | None:
-        """The record behind a point; a uniform model that is on the front has its twin's."""
+    def record_of(self, point: Point) -> Record | None:
+        """The record of a point's own training, on a partial front a trial's; a uniform model that
+        is on the front has its twin's."""
+        if self.front.split != "test":
+            return next((record for record in self.trials if record.id == point.id), None)
         return self.finals.get(point.id) or next(
             (
                 record

@@ -57,7 +57,7 @@ def shown_costs(facts: Facts) -> list[str]:
 
 
 def model_row(facts: Facts, point: Point) -> Model:
-    final = facts.final_of(point)
+    final = facts.record_of(point)
     costs = shown_costs(facts)
     values = [getattr(point, name) for name in costs]
     return Model(
@@ -115,7 +115,7 @@ def loss_rows(facts: Facts) -> list[tuple[str, list[str]]]:
     """(name, training loss after each epoch) of FP32 and of the models of the front's chart."""
     curves = [("FP32", facts.fp32_losses)]
     for point in (*facts.front.points, *facts.front.uniform):
-        record = facts.final_of(point)
+        record = facts.record_of(point)
         curves.append((point.id, () if record is None else record.train_losses))
     longest = max(len(losses) for _, losses in curves)
     return [

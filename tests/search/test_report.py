@@ -48,6 +48,7 @@ from adq.search.report.front_chart import front_chart, front_keys
 from adq.search.report.history_chart import history_chart, running_best
 from adq.search.report.sensitivity_chart import all_scores, log_axis, sensitivity_chart
 from adq.search.report.svg import Scale
+from adq.search.report.tables import loss_rows
 from adq.search.report.theme import (
     DARK,
     DARK_RAMP,
@@ -458,6 +459,10 @@ def test_a_partial_front_says_so_everywhere(tmp_path: Path) -> None:
     assert not any("test" in cell for row in page.rows for cell in row)
     assert page.row("3")[2] == "0.8500 ± 0.0042"
     assert page.row("3")[-1] == "stopped after 1 epochs"
+    curves = {n: [c for c in cells if c] for n, cells in loss_rows(facts_of(made))[1:]}
+    own = {r.id: [f"{loss:.4g}" for loss in r.train_losses] for r in trials[:2]}
+    assert curves == own
+    assert all(curves.values()), "the trainings of the search, though there were no others"
     drawn = Drawn(history_chart(facts_of(made)).svg)
     (ring,) = [c for c in drawn.svg.iter("circle") if "open" in str(c.get("class"))]
     assert drawn.value("x", ring.get("cx")) == pytest.approx(3, abs=0.01)
