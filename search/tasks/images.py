@@ -78,6 +78,11 @@ def web_dataset(place: str, model: str | None = None) -> Task:
     if empty := [split for split, pictures in found.items() if not len(pictures)]:
         raise InputError(f"webdataset {path}: no image in the shards of '{empty[0]}'")
     classes = int(found["train"].labels.max()) + 1
+    if classes > len(found["train"]):
+        raise InputError(
+            f"webdataset {path}: expected classes numbered from 0, with an image of each in 'train', "
+            f"got class {classes - 1} in {len(found['train'])} images"
+        )
     for split, pictures in found.items():
         low, high = int(pictures.labels.min()), int(pictures.labels.max())
         if low < 0 or high >= classes:

@@ -182,11 +182,11 @@ def test_shards_that_do_not_fit_are_named(tmp_path: Path) -> None:
         add(tar, "7.png", picture(0))
     with pytest.raises(InputError, match=r"expected the class of 7 in 7\.cls"):
         Shards([tmp_path / "unlabelled.tar"])
-    for split, label in (("train", b"1"), ("val", b"2")):
+    for split, label in (("train", b"0"), ("val", b"2")):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             add(tar, "7.png", picture(0))
             add(tar, "7.cls", label)
-    with pytest.raises(InputError, match="classes 0 to 1, which 'train' has, in 'val', got 2"):
+    with pytest.raises(InputError, match="classes 0 to 0, which 'train' has, in 'val', got 2"):
         load_task(f"webdataset:{tmp_path}")
 
 
@@ -226,6 +226,15 @@ def test_a_class_beyond_all_numbers_is_refused(tmp_path: Path) -> None:
         add(tar, "7.cls", b"1" + b"0" * 30)
     with pytest.raises(InputError, match=r"train\.tar: not a tar file of images"):
         Shards([tmp_path / "train.tar"])
+
+
+def test_more_classes_than_images_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            add(tar, "0.png", picture(0))
+            add(tar, "0.cls", b"1000000000000")
+    with pytest.raises(InputError, match=r"numbered from 0, .* got class 1000000000000 in 1 images"):
+        load_task(f"webdataset:{tmp_path}")
 
 
 def test_a_shard_is_of_one_split(tmp_path: Path) -> None:
