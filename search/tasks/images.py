@@ -80,8 +80,8 @@ def web_dataset(place: str, model: str | None = None) -> Task:
     classes = int(found["train"].labels.max()) + 1
     if classes > len(found["train"]):
         raise InputError(
-            f"webdataset {path}: expected classes numbered from 0, with an image of each in 'train', "
-            f"got class {classes - 1} in {len(found['train'])} images"
+            f"webdataset {path}: expected classes numbered from 0, with an image of each in "
+            f"'train', got class {classes - 1} in {len(found['train'])} images"
         )
     for split, pictures in found.items():
         low, high = int(pictures.labels.min()), int(pictures.labels.max())

@@ -233,7 +233,9 @@ def test_more_classes_than_images_are_refused(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             add(tar, "0.png", picture(0))
             add(tar, "0.cls", b"1000000000000")
-    with pytest.raises(InputError, match=r"numbered from 0, .* got class 1000000000000 in 1 images"):
+    with pytest.raises(
+        InputError, match=r"numbered from 0, .* got class 1000000000000 in 1 images"
+    ):
         load_task(f"webdataset:{tmp_path}")
 
 
