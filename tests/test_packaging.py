@@ -28,7 +28,7 @@ def modules_on_disk() -> set[str]:
         "/".join([*FOLDERS[folder].split("."), *path.relative_to(ROOT / folder).parts])
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".c", ".json", ".py", ".jinja"} or path.name == "py.typed"
+        if path.suffix in {".c", ".css", ".js", ".json", ".py", ".jinja"} or path.name == "py.typed"
     }
 
 
