@@ -139,9 +139,8 @@ def resume(
             "study is resumed, beside trials and time_budget"
         )
     kept = folder.extended(trials, time_budget)
-    with suppress(InputError):  # a damaged results.json is made again
-        if folder.finished and kept == folder.config:
-            execution = {"executor": "local"}  # only damaged models are made again
+    if _nothing_left(folder, kept):
+        execution = {"executor": "local"}  # only damaged models are made again
     config = _absolute(make_config(vars(kept), execution))
     problem = make_problem(config, task)
     _try_checkpoints(config)
@@ -212,9 +211,16 @@ def _prepare(
     return _Prepared(fp32, _proposals(problem, folder, found), bench)
 
 
+def _nothing_left(folder: StudyFolder, kept: StudyConfig) -> bool:
+    """Whether the study has ended as it is asked for."""
+    with suppress(InputError):  # a damaged results.json is made again
+        return folder.finished and kept == folder.config
+    return False
+
+
 def _note_run(problem: Problem, folder: StudyFolder, kept: StudyConfig) -> None:
     """Keep that this process works on the study, unless there is nothing left to do."""
-    if folder.finished and kept == folder.config:
+    if _nothing_left(folder, kept):
         return
     begun = folder.file(RUNS).exists()
     command = resume_line(folder.config, problem.config) if begun else command_line(kept)

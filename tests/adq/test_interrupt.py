@@ -160,10 +160,11 @@ def test_a_stopped_study_leaves_its_front_so_far_and_ends_like_an_undisturbed_on
 
 
 def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
-    """While the first one's front is being drawn, which takes longer than until the second."""
+    """While the first one's front and report are being written, which takes longer than until the
+    second."""
     code, _ = stop_when(folder, OPTIONS, trial(2), signal.SIGINT, signal.SIGINT)
     assert code == -signal.SIGINT
-    assert not (folder / "runs/s/front.png").exists()
+    assert not (folder / "runs/s/results.json").exists()
 
 
 def test_sigterm_says_how_to_go_on_and_a_second_process_works_along(folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import tiny_studies
 import tiny_task
 from optuna.storages import RDBStorage
 from tiny_studies import INTERRUPTED, QUICK, Listener, Stop, Study, graded, raw, stop_at, study_in
@@ -160,7 +160,7 @@ def test_ctrl_c_writes_the_front_so_far_and_the_study_goes_on(
     )  # every trial is on the front
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, jobs, "train_candidate", call, after=False)
-        patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
+        patch.setattr(tiny_studies, "Stop", KeyboardInterrupt)
         with pytest.raises(run.Interrupted, match="'adq-search resume s' goes on") as stopped:
             study_in(tmp_path, **INTERRUPTED)
     folder = open_study(tmp_path, "s")
@@ -189,7 +189,7 @@ def test_ctrl_c_in_a_study_that_is_extended_keeps_the_earlier_front(tmp_path: Pa
     found = study_in(tmp_path, **QUICK)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, jobs, "train_candidate", 2, after=False)
-        patch.setattr(sys.modules[__name__], "Stop", KeyboardInterrupt)
+        patch.setattr(tiny_studies, "Stop", KeyboardInterrupt)
         with pytest.raises(run.Interrupted, match="the front of before stays"):
             resume(found.folder, tiny_task.make_task(), trials=8)
     assert load_front(found.folder) == found.front
