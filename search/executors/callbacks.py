@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,10 @@ from adq.search.executors.trainable import name_of
 LOOK_S, FULL_S = 10.0, 60.0
 _NO_MEMORY = re.compile(r"low on memory|OutOfMemory|out of memory|OUT_OF_MEMORY|OOM kill reason")
 _MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+).*?was (\S+) used / (\S+) limit")
+_LOST = re.compile(r"node has died|node .{0,80}(died|dead)|temporarily unavailable|rpc_code", re.I)
+LOSSES = 10
+"""How often a training may lose its node before that counts as its own death."""
+
 log = logging.getLogger(__name__)
 
 
@@ -28,12 +33,14 @@ class Deaths(DriverOnly, tune.Callback):
     """Hears of trials that Tune gives up, and why; counts deaths anew after each epoch done.
 
     An epoch done over again does not count, else a training that keeps no checkpoints could die
-    for ever.
+    for ever. That a node or the way to it was lost says nothing of the training, and is not counted
+    LOSSES times, unless it comes after all other tries, when Tune does not ask.
     """
 
     def __init__(self, search: Search) -> None:
         self._search = search
         self._epochs: dict[str, int] = {}
+        self._losses: Counter[str] = Counter()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -43,17 +50,33 @@ class Deaths(DriverOnly, tune.Callback):
             self._epochs[trial.trial_id] = epoch
             trial.run_metadata.num_failures = 0
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = _last(_failures(trial))
+        if _LOST.search(last) and not _NO_MEMORY.search(last):
+            self._losses[trial.trial_id] += 1
+            if self._losses[trial.trial_id] <= LOSSES:
+                trial.run_metadata.num_failures -= 1
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        path = trial.error_file
-        text = Path(path).read_text() if path and os.path.exists(path) else ""
+        text = _failures(trial)
         started = trial.run_metadata.start_time
         seconds = 0.0 if started is None else time.time() - started
         self._search.fail(trial.trial_id, _death(text), seconds)
 
 
+def _failures(trial: Any) -> str:
+    """Tune's reports of a trial's failures."""
+    path = trial.error_file
+    return Path(path).read_text() if path and os.path.exists(path) else ""
+
+
+def _last(text: str) -> str:
+    return text.rpartition("Failure # ")[2].partition("\n")[2]
+
+
 def _death(text: str) -> str:
     """The last of Tune's reports of failures, in one line; what to do where memory ran out."""
-    last = text.rpartition("Failure # ")[2].partition("\n")[2]
+    last = _last(text)
     if _NO_MEMORY.search(last.partition("Some common causes")[0]):
         found = _MEMORY.search(last)
         where = "" if found is None else " ({}: {} of {} used)".format(*found.groups())

@@ -12,7 +12,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from trainings import jobs_of
 
-from adq.search.executors.callbacks import Deaths, Room, _death
+from adq.search.executors.callbacks import LOSSES, Deaths, Room, _death
 from adq.search.executors.searcher import Search
 from adq.search.jobs import TRIES, Bench
 
@@ -49,6 +49,35 @@ def test_deaths_are_counted_anew_when_a_training_came_further(
 ) -> None:
     deaths = Deaths(Search(JobsToDo([]), watched, lambda _: None))
     assert deaths_until_given_up(a_trial(tmp_path), deaths, epochs) == expected
+
+
+NODE = "The actor died because its node has died. Node Id: 1c69. A component crashed"
+RESET = "RPC error: recvmsg:Connection reset by peer rpc_code: 14. The task may or may not"
+KILLED = "The actor died unexpectedly before finishing this task. Worker unexpectedly exits."
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([KILLED, KILLED, KILLED], TRIES),
+        ([KILLED, NODE, RESET, KILLED, KILLED], 5),
+        ([KILLED, KILLED, NODE], 3),  # Tune gives up before it asks
+        ([NODE] * (LOSSES + TRIES), LOSSES + TRIES),  # one that takes its node with it
+        ([NODE, RESET] * (LOSSES // 2), 0),
+    ],
+)
+def test_a_lost_node_is_no_death_of_the_training(
+    texts: list[str], expected: int, watched: Bench, tmp_path: Path
+) -> None:
+    deaths, trial = Deaths(Search(JobsToDo([]), watched, lambda _: None)), a_trial(tmp_path)
+    given_up = 0
+    for count, text in enumerate(texts, 1):
+        trial.handle_error(TuneError(text))
+        if not trial.should_recover():
+            given_up = count
+            break
+        deaths.on_trial_recover(0, [], trial)
+    assert given_up == expected
 
 
 def test_a_training_that_is_given_up_tells_for_how_long_it_was_tried(
