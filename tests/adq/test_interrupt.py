@@ -31,10 +31,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def stop_when(
     folder: Path,
     arguments: list[str],
-    moment: Callable[[Path], bool],
-    *signals: signal.Signals,
+    *steps: tuple[Callable[[Path], bool], signal.Signals],
 ) -> tuple[int, str]:
-    """Start the command, send it the signals once `moment` has come; its exit code and stderr."""
+    """Start the command, send it each signal once its moment has come; its exit code and stderr."""
     process = subprocess.Popen(
         [COMMAND, *arguments],
         cwd=folder,
@@ -46,12 +45,11 @@ def stop_when(
     )
     deadline = time.monotonic() + PATIENCE_S
     try:
-        while not moment(folder / "runs/s"):
-            assert process.poll() is None, "it ended before the moment came"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        for number, how in enumerate(signals):
-            time.sleep(0.2 * number)  # two at once are one
+        for moment, how in steps:
+            while not moment(folder / "runs/s"):
+                assert process.poll() is None, "it ended before the moment came"
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
             process.send_signal(how)
         _, stderr = process.communicate(timeout=PATIENCE_S)
     finally:
@@ -113,7 +111,7 @@ def test_a_study_killed_at_every_stage_ends_like_an_undisturbed_one(folder: Path
     arguments = OPTIONS
     kept: dict[Path, int] = {}
     for moment in MOMENTS:
-        code, _ = stop_when(folder, arguments, moment, signal.SIGKILL)
+        code, _ = stop_when(folder, arguments, (moment, signal.SIGKILL))
         assert code == -signal.SIGKILL
         kept |= finished_work(folder / "runs/s")
         arguments = ["resume", "s"]
@@ -139,7 +137,7 @@ def test_a_stopped_study_leaves_its_front_so_far_and_ends_like_an_undisturbed_on
 
     study = folder / "runs/s"
     fully = count("start/*.safetensors", 2)
-    code, stderr = stop_when(folder, [*OPTIONS, *RUNGS], fully, signal.SIGINT)
+    code, stderr = stop_when(folder, [*OPTIONS, *RUNGS], (fully, signal.SIGINT))
     assert code == 130
     assert "Traceback" not in stderr
     last = stderr.splitlines()[-1]
@@ -160,17 +158,18 @@ def test_a_stopped_study_leaves_its_front_so_far_and_ends_like_an_undisturbed_on
 
 
 def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
-    """While the first one's front and report are being written, which takes longer than until the
-    second."""
-    code, _ = stop_when(folder, OPTIONS, trial(2), signal.SIGINT, signal.SIGINT)
+    """The second one comes when the first one's front.json is there and its picture is drawn."""
+    written = count("front.json", 1)
+    steps = ((trial(2), signal.SIGINT), (written, signal.SIGINT))
+    code, _ = stop_when(folder, OPTIONS, *steps)
     assert code == -signal.SIGINT
-    assert not (folder / "runs/s/results.json").exists()
+    assert not (folder / "runs/s/front.png").exists()
 
 
 def test_sigterm_says_how_to_go_on_and_a_second_process_works_along(folder: Path) -> None:
     """Two at once from where the first one was stopped: what both do is what one would have done,
     nothing is done twice, and each has its share."""
-    code, stderr = stop_when(folder, [*OPTIONS, "--window", "2"], trial(1), signal.SIGTERM)
+    code, stderr = stop_when(folder, [*OPTIONS, "--window", "2"], (trial(1), signal.SIGTERM))
     assert code == 130
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("interrupted: 'adq-search resume s' goes on")
